@@ -1,0 +1,19 @@
+# make demo                  every stage on the bundled digits, on a laptop CPU
+# make demo MODEL=sit-tiny   the same for SiT; MODEL=mar-tiny for MAR
+# make test                  the tests
+PYTHON ?= python3
+MODEL ?= dit-tiny
+BIN := .venv/bin
+
+.venv/ready: requirements.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet -r requirements.txt pytest
+	touch $@
+
+demo: .venv/ready
+	PATH="$(CURDIR)/$(BIN):$$PATH" bash reproduce/demo.sh $(MODEL)
+
+test: .venv/ready
+	$(BIN)/python -m pytest -q test_all.py
+
+.PHONY: demo test
