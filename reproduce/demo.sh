@@ -1,0 +1,23 @@
+#!/usr/bin/env bash
+# Every stage on the bundled digits: cut a teacher to half its depth, recover it, measure teacher, cut and student.
+#   bash reproduce/demo.sh [dit-tiny|sit-tiny|mar-tiny]
+set -euo pipefail
+cd "$(dirname "$0")/.."
+model=${1:-dit-tiny}
+out=out
+[ "$model" = dit-tiny ] || out=out/$model
+SECONDS=0
+
+python extract_latents.py
+python prune.py --model "$model" --out "$out/prune"
+python distill.py --student "$out/prune/shallow.pt" --out "$out/distill"
+python sample.py --model "$model" --out "$out/sample-teacher"
+python sample.py --ckpt "$out/prune/shallow.pt" --out "$out/sample-cut"
+python sample.py --ckpt "$out/distill/student.pt" --out "$out/sample"
+for samples in sample-teacher sample-cut sample; do
+    python fid.py "$out/$samples/samples.npz" --json "$out/$samples/fid.json" > /dev/null
+done
+python reproduce/table.py "teacher=$out/sample-teacher" "cut=$out/sample-cut" "student=$out/sample"
+echo
+echo "Look at $out/prune/decision.png (the search), $out/distill/loss.png (the recovery) and the samples in"
+echo "$out/sample-teacher/grid.png, $out/sample-cut/grid.png, $out/sample/grid.png.  All in $((SECONDS / 60)) min $((SECONDS % 60)) s."
