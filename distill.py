@@ -17,12 +17,10 @@ The training loop (`train`) is the one that prune.py uses too. What step k draws
 that was killed and resumed, or that goes on with another number of ranks, repeats the same draws.
 """
 import argparse
-import contextlib
 import copy
 import json
 import math
 import os
-import re
 import signal
 import time
 from pathlib import Path
@@ -102,8 +100,9 @@ def add_training_arguments(parser):
 
 def fill_defaults(args, recipe: dict, steps_per_epoch):
     """Puts the recipe's values where the user gave none, and turns epochs into steps."""
+    length_given = args.steps is not None or args.epochs is not None
     for key, value in recipe.items():
-        if getattr(args, key) is None:
+        if getattr(args, key) is None and not (length_given and key in ("steps", "epochs")):
             setattr(args, key, value)
     if args.steps is None:
         args.steps = max(1, round(args.epochs * steps_per_epoch(args.batch_size)))
@@ -434,7 +433,7 @@ def main():
     latents = Latents(args.latents)
     check_fit(net, latents, args.latents)
     small = config["name"].endswith("tiny")
-    recipe = dict(batch_size=128, lr=1e-3, ema=0.999, save_every=250, epochs=10) if small else dict(batch_size=256, lr=2e-4, ema=0.9999, save_every=5000, epochs=objective.epochs)
+    recipe = dict(batch_size=64, lr=1e-3, ema=0.999, save_every=250, steps=800) if small else dict(batch_size=256, lr=2e-4, ema=0.9999, save_every=5000, epochs=objective.epochs)
     fill_defaults(args, recipe | dict(beta=objective.beta_rep), lambda batch: len(latents) / batch)
     batches = Batches(latents, args.batch_size, args.accumulate, args.seed, device)
     teacher = load_teacher(args, config, device)

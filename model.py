@@ -877,9 +877,9 @@ MODELS |= {
     "mar-large": dict(family=MAR, width=1024, depth=32, heads=16, loss_width=1280, loss_depth=8),
     "mar-base": dict(family=MAR, width=768, depth=24, heads=12, loss_width=1024, loss_depth=6),
     "mar-d16": dict(family=MAR, width=1024, depth=16, heads=16, loss_width=1280, loss_depth=8),  # cut from large
-    "mar-tiny": dict(family=MAR, width=96, depth=12, heads=3, loss_width=160, loss_depth=3, input_size=8, classes=10, channels=4, patch=2, buffer=8),
+    "mar-tiny": dict(family=MAR, width=96, depth=12, heads=3, loss_width=96, loss_depth=3, input_size=8, classes=10, channels=4, patch=2, buffer=4, dropout=0.0),
 }
-SMALL_SAMPLING = {"dit-tiny": dict(steps=64), "sit-tiny": dict(steps=64), "mar-tiny": dict(steps=16, token_steps=50)}  # instead of the objective's defaults
+SMALL_SAMPLING = {"dit-tiny": dict(steps=64, guidance_channels=4), "sit-tiny": dict(steps=64, guidance_channels=4), "mar-tiny": dict(steps=16, token_steps=50)}  # instead of the objective's defaults
 
 WEIGHTS = {  # name: (file under weights/, URL, bytes or None, sha256 or None)
     "dit-xl": ("DiT-XL-2-256x256.pt", "https://dl.fbaipublicfiles.com/DiT/models/DiT-XL-2-256x256.pt", None, None),

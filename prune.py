@@ -306,7 +306,7 @@ def main():
     latents = Latents(args.latents)
     check_fit(net, latents, args.latents)
     small = config["name"].endswith("tiny")
-    recipe = dict(batch_size=64, epochs=2, save_every=100) if small else dict(batch_size=128, epochs=1, save_every=1000)
+    recipe = dict(batch_size=64, steps=250, save_every=100) if small else dict(batch_size=128, epochs=1, save_every=1000)
     fill_defaults(args, recipe, lambda batch: len(latents) / batch)
     batches = Batches(latents, args.batch_size, args.accumulate, args.seed, device)
     run = Run(args, device)
