@@ -384,7 +384,8 @@ def plot_loss(out: Path):
     for j, name in enumerate(names):
         points = list(zip(xs, [y_of(v) for v in values[:, j]]))
         draw.line(points if len(points) > 1 else points * 2, fill=colours[name], width=2)
-        draw.text((left + 110 * j, 14), f"— {name}  {values[-1, j]:.4g}", fill=colours[name])
+        draw.line([(left + 150 * j, 20), (left + 150 * j + 20, 20)], fill=colours[name], width=3)
+        draw.text((left + 150 * j + 26, 20), f"{name} {values[-1, j]:.4g}", fill=colours[name], anchor="lm")
     image.save(out / "loss.png")
 
 

@@ -191,7 +191,7 @@ class DiTBlock(nn.Module):
 
 
 class FinalLayer(nn.Module):
-    """Tokens (B, T, D) -> patches (B, T, patch * patch * out_channels)."""
+    """Features (..., D), modulated by a condition that broadcasts with them, -> outputs (..., out)."""
 
     def __init__(self, width: int, out: int):
         super().__init__()
@@ -200,7 +200,7 @@ class FinalLayer(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
 
     def forward(self, x, c):
-        shift, scale = self.adaLN_modulation(c).unsqueeze(1).chunk(2, dim=2)
+        shift, scale = self.adaLN_modulation(c).chunk(2, dim=-1)
         return self.linear(modulate(self.norm_final(x), shift, scale))
 
 
@@ -232,7 +232,7 @@ class DiT(nn.Module, Prunable):
         c = self.t_embedder(t) + self.y_embedder(y)  # (B, D)
         for block in self.blocks:
             x = self.run_block(block, x, c)
-        x = self.final_layer(x, c)  # (B, T, patch * patch * 2C)
+        x = self.final_layer(x, c[:, None])  # (B, T, patch * patch * 2C)
         B, grid, p = len(x), self.input_size // self.patch, self.patch
         x = x.view(B, grid, grid, p, p, -1)
         return torch.einsum("bhwpqc->bchpwq", x).reshape(B, -1, grid * p, grid * p)
@@ -292,20 +292,6 @@ class ResBlock(nn.Module):
         return x + gate * self.mlp(modulate(self.in_ln(x), shift, scale))
 
 
-class TokenFinalLayer(nn.Module):
-    """DiT's final layer for single tokens: (N, D) -> (N, out)."""
-
-    def __init__(self, width: int, out: int):
-        super().__init__()
-        self.norm_final = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
-        self.linear = nn.Linear(width, out)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
-
-    def forward(self, x, c):
-        shift, scale = self.adaLN_modulation(c).chunk(2, dim=-1)
-        return self.linear(modulate(self.norm_final(x), shift, scale))
-
-
 class TokenDenoiser(nn.Module):
     """Noised tokens x (N, C), times t (N,), conditions z (N, D) -> (N, 2C): noise prediction and variance interpolation."""
 
@@ -315,7 +301,7 @@ class TokenDenoiser(nn.Module):
         self.cond_embed = nn.Linear(condition, width)
         self.input_proj = nn.Linear(channels, width)
         self.res_blocks = nn.ModuleList(ResBlock(width) for _ in range(depth))
-        self.final_layer = TokenFinalLayer(width, 2 * channels)
+        self.final_layer = FinalLayer(width, 2 * channels)
         self.apply(init_linear)
         nn.init.normal_(self.time_embed.mlp[0].weight, std=0.02)
         nn.init.normal_(self.time_embed.mlp[2].weight, std=0.02)
@@ -877,7 +863,7 @@ MODELS |= {
     "mar-large": dict(family=MAR, width=1024, depth=32, heads=16, loss_width=1280, loss_depth=8),
     "mar-base": dict(family=MAR, width=768, depth=24, heads=12, loss_width=1024, loss_depth=6),
     "mar-d16": dict(family=MAR, width=1024, depth=16, heads=16, loss_width=1280, loss_depth=8),  # cut from large
-    "mar-tiny": dict(family=MAR, width=96, depth=12, heads=3, loss_width=96, loss_depth=3, input_size=8, classes=10, channels=4, patch=2, buffer=4, dropout=0.0),
+    "mar-tiny": dict(family=MAR, width=96, depth=12, heads=3, loss_width=256, loss_depth=3, input_size=8, classes=10, channels=4, patch=2, buffer=4, dropout=0.0),
 }
 SMALL_SAMPLING = {"dit-tiny": dict(steps=64, guidance_channels=4), "sit-tiny": dict(steps=64, guidance_channels=4), "mar-tiny": dict(steps=16, token_steps=50)}  # instead of the objective's defaults
 

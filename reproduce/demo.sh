@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Every stage on the bundled digits: cut a teacher to half its depth, recover it, measure teacher, cut and student.
-#   bash reproduce/demo.sh [dit-tiny|sit-tiny|mar-tiny]
+#   bash reproduce/demo.sh [dit-tiny|sit-tiny]
 set -euo pipefail
 cd "$(dirname "$0")/.."
 model=${1:-dit-tiny}
