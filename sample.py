@@ -1,7 +1,7 @@
 """Draws images from a network: a PNG grid to look at, and an ADM-style .npz to measure with fid.py.
 
     python sample.py                                                      # digits from out/distill/student.pt
-    torchrun --nproc_per_node=8 sample.py --ckpt out/distill/student.pt --num 50000 --guidance 1.5
+    torchrun --nproc_per_node=8 sample.py --ckpt out/distill/student.pt --num-images 50000 --guidance 1.5
     python sample.py --ckpt out/distill/student.pt --export shallow.safetensors
 
 Image i has class i modulo the number of classes. Its noise comes from block i // 16 of the seed's stream, so the same
@@ -83,7 +83,7 @@ def parse_arguments():
     add = parser.add_argument
     add("--model", metavar="NAME", help="a registry model with its own weights, like dit-xl")
     add("--ckpt", metavar="FILE|URL", help="a checkpoint (default without --model: out/distill/student.pt)")
-    add("--num", type=int, default=1000, metavar="N", help="how many images (default: %(default)s; FID-50K needs 50000)")
+    add("--num-images", "--num", dest="num", type=int, default=1000, metavar="N", help="how many (default: %(default)s; FID-50K needs 50000). Under torchrun write it out: it would take --num for a flag of its own")
     add("--classes", metavar="I,J,...", help="only these class indices (default: all in turn)")
     add("--steps", type=int, metavar="N", help="sampling steps (default: 250, MAR 64 rounds; digits 64, MAR 16)")
     add("--sampler", help="DiT: ddpm (default), ddim; SiT: sde-euler (default), sde-heun, ode-euler, ode-heun, ode-dopri5; MAR: mar")
@@ -110,7 +110,7 @@ def main():
     args = parse_arguments()
     device = start_ranks(args.device)
     if args.num < 1 or args.batch_size < 1:
-        fail("--num and --batch-size must be at least 1")
+        fail("--num-images and --batch-size must be at least 1")
     ckpt = args.ckpt or (None if args.model else "out/distill/student.pt")
     net, config = load_model(args.model, ckpt, device)
     if args.export:
