@@ -31,8 +31,8 @@ import torch.distributed as dist
 from PIL import Image, ImageDraw
 
 from extract_latents import Latents, epoch_order
-from model import (Progress, RowNoise, barrier, build_model, fail, load_model, load_state, mix, rank, read_torch,
-                   save_checkpoint, start_ranks, world_size)
+from model import (MODELS, Progress, RowNoise, barrier, build_model, fail, load_model, load_state, locate, mix, rank, read_state, read_torch,
+                   save_checkpoint, start_ranks, world_size, write_whole)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Data: which rows, and which randomness, belong to step k.
@@ -100,14 +100,17 @@ def add_training_arguments(parser):
 
 def fill_defaults(args, recipe: dict, steps_per_epoch):
     """Puts the recipe's values where the user gave none, and turns epochs into steps."""
+    for key, least in dict(batch_size=1, accumulate=1, log_every=1, save_every=1, keep=1, lora_rank=1, seed=0, steps=1).items():
+        if getattr(args, key, None) is not None and getattr(args, key) < least:
+            fail(f"--{key.replace('_', '-')} {getattr(args, key)} must be at least {least}")
+    if args.epochs is not None and (args.epochs <= 0 or args.steps is not None):
+        fail("give --steps or a positive --epochs, not both")
     length_given = args.steps is not None or args.epochs is not None
     for key, value in recipe.items():
         if getattr(args, key) is None and not (length_given and key in ("steps", "epochs")):
             setattr(args, key, value)
     if args.steps is None:
         args.steps = max(1, round(args.epochs * steps_per_epoch(args.batch_size)))
-    if args.steps < 1:
-        fail(f"--steps {args.steps}: a run has at least one step")
 
 
 def average_gradients(parameters: list, bucket: int = 2**25):
@@ -128,11 +131,16 @@ def average_gradients(parameters: list, bucket: int = 2**25):
             pending = []
 
 
+FIXED = ("steps", "batch_size", "seed", "mode", "student", "teacher", "model", "ckpt", "depth", "lr", "lr_end", "warmup",
+         "beta", "ema", "criterion", "scheme", "delta_w", "lora_rank")  # what a resumed run may not change
+
+
 class Run:
     """A training run's folder, step counter, log, checkpoints, and its reaction to signals and to a diverging loss."""
 
     def __init__(self, args, device):
         self.args, self.device, self.out, self.step = args, device, Path(args.out), 0
+        self.fixed = {k: v for k, v in vars(args).items() if k in FIXED}
         dtype = {"auto": torch.bfloat16 if device.type == "cuda" else torch.float32}.get(args.dtype) or getattr(torch, args.dtype)
         self.autocast = lambda: torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
         self.stop = False
@@ -157,9 +165,11 @@ class Run:
         if path is None:
             return None
         saved = read_torch(path)
-        fixed = {k: getattr(self.args, k) for k in ("steps", "batch_size", "seed")}
-        if saved.get("args") != fixed:
-            fail(f"{path} belongs to a run with {saved.get('args')}, not {fixed}; repeat its flags, or choose another --out")
+        then, now = saved.get("args") or {}, self.fixed
+        changed = [k for k in now if now[k] != then.get(k)]
+        if changed:
+            k = changed[0]
+            fail(f"{path} belongs to a run with --{k.replace('_', '-')} {then.get(k)}, not {now[k]}; repeat its flags, or choose another --out")
         self.step = saved["step"]
         return saved
 
@@ -169,11 +179,12 @@ class Run:
         try:
             self.out.mkdir(parents=True, exist_ok=True)
             lines = log.read_text().splitlines() if self.saved and log.exists() else []
-            log.write_text("".join(line + "\n" for line in lines if json.loads(line)["step"] <= self.step))
         except OSError as e:
             fail(f"cannot write to {self.out}: {e.strerror}; choose another --out")
-        if not self.saved:
-            for old in self.out.glob("step-*.pt"):
+        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= self.step]  # a kill may tear the last one
+        write_whole(log, lambda temporary: temporary.write_text("".join(line + "\n" for line in kept)))
+        for old in self.out.glob("step-*.pt"):
+            if int(old.stem[5:]) > self.step:
                 old.unlink()
 
     def log(self, step, extra):
@@ -204,8 +215,7 @@ class Run:
     def save(self, step, contents):
         """Rank 0 writes step-*.pt and deletes the oldest beyond --keep."""
         if rank() == 0:
-            fixed = {k: getattr(self.args, k) for k in ("steps", "batch_size", "seed")}
-            save_checkpoint(self.out / f"step-{step:08}.pt", **contents, step=step, args=fixed)
+            save_checkpoint(self.out / f"step-{step:08}.pt", **contents, step=step, args=self.fixed)
             for old in sorted(self.out.glob("step-*.pt"))[: -self.args.keep]:
                 old.unlink()
         barrier()
@@ -421,13 +431,18 @@ def load_teacher(args, config, device):
     if args.mode in ("finetune", "scratch") or args.teacher == "none":
         return None
     source = args.teacher or config.get("parent") or fail("the student does not say what it was cut from; add --teacher NAME|FILE")
-    is_file = "/" in source or source.endswith((".pt", ".pth", ".safetensors"))
-    net, _ = load_model(None if is_file else source, source if is_file else None, device)
+    if source in MODELS:
+        net, _ = load_model(source, device=device)
+    else:  # a file of ours names its model; an official one has the student's
+        net, _ = load_model(config["name"] if read_state(locate(source))[1] is None else None, source, device)
+    prepare(net, args)
     return net.requires_grad_(False)
 
 
 def main():
     args = parse_arguments()
+    if args.mode != "scratch" and (args.model or args.depth):
+        fail("--model and --depth say what --mode scratch starts from; in the other modes give --student FILE")
     device = start_ranks(args.device)
     net, config = load_student(args, device)
     objective = net.objective()
@@ -441,7 +456,9 @@ def main():
     if teacher is None and args.mode in ("masked-kd", "kd", "output-kd"):
         args.mode = "finetune"
     pairs = matched_layers(config, net.depths()) if args.mode in ("masked-kd", "kd") else []
-    if pairs and pairs[-1][1] >= sum(teacher.depths()):
+    if teacher and (type(teacher), teacher.channels, teacher.classes, teacher.input_size) != (type(net), net.channels, net.classes, net.input_size):
+        fail(f"the teacher is another kind of network than the student; give one of the family and image size of {config['name']}")
+    if pairs and sum(teacher.depths()) != pairs[-1][1] + 1:
         fail(f"the teacher has {sum(teacher.depths())} layers, the student was cut from {pairs[-1][1] + 1}; give its own --teacher, or --mode output-kd")
 
     run = Run(args, device)

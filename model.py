@@ -16,13 +16,17 @@ An objective is what the three families differ in. Teacher and student share one
 Read top to bottom: layers; DiT and SiT; MAR; the Gaussian process of DiT and MAR; the interpolant of SiT; the registry;
 checkpoints; what every run needs (errors, ranks, progress, seeded randomness).
 """
+import argparse
 import atexit
+import contextlib
 import hashlib
+import http.client
 import json
 import math
 import os
 import pickle
 import re
+import socket
 import struct
 import sys
 import time
@@ -553,9 +557,9 @@ def respace(respacing: str, total: int = 1000) -> list:
                 return list(range(0, total, stride))
         fail(f"no stride visits exactly {count} of {total} timesteps; give a count like 50, 100 or 250")
     count = int(respacing)
-    if not 1 <= count <= total:
-        fail(f"{count} sampling steps asked of {total} training timesteps; give 1 to {total}")
-    stride = (total - 1) / (count - 1) if count > 1 else 1
+    if not 2 <= count <= total:
+        fail(f"{count} sampling steps asked of {total} training timesteps; give 2 to {total}")
+    stride = (total - 1) / (count - 1)
     return [round(i * stride) for i in range(count)]
 
 
@@ -744,7 +748,9 @@ def integrate_sde(velocity, x, steps, draw, method="euler", form="sigma", last_s
     the score (the release calls it twice). SBDM is infinite at t = 0 and starts at 1e-3.
     """
     if last_step == "none":
-        last_step_size = 0.0
+        last_step_size = 1e-3 if method == "heun" else 0.0  # Heun looks ahead to the last grid point, where the score is infinite
+    elif not 0 < last_step_size < 1:
+        fail(f"--last-step-size {last_step_size} must lie between 0 and 1")
     weight = DIFFUSION_FORMS[form]
     grid = torch.linspace(1e-3 if form == "SBDM" else 0.0, 1 - last_step_size, steps, device=x.device)
     dt = grid[1] - grid[0]
@@ -903,7 +909,10 @@ def load_model(name: str = None, ckpt: str = None, device="cpu", weights: str = 
     path = locate(ckpt) if ckpt else locate_weights(name)
     state, config = read_state(path, weights)
     if config is None:
-        config = dict(name=name or guess_model(state) or fail(f"{path} does not say which model it holds; add --model NAME"))
+        guess = guess_model(state)
+        if not name and (guess is None or guess.startswith("dit-")):  # DiT and SiT share all keys and shapes
+            fail(f"{path} does not say which model it holds{f', {guess} or its SiT twin' if guess else ''}; add --model NAME")
+        config = dict(name=name or guess)
     elif name and config["name"] != name and ckpt:
         fail(f"{path} holds {config['name']}, not {name}; give --model {config['name']} or another --ckpt")
     with torch.device("meta"):
@@ -948,17 +957,14 @@ def read_state(path, prefer: str = "ema"):
 def read_torch(path) -> dict:
     """torch.load that runs no code (weights_only), maps the file instead of reading it, and fails in one sentence."""
     try:
-        try:
-            saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except RuntimeError:  # files from before torch 1.6 cannot be mapped
-            saved = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals([argparse.Namespace]):  # the releases store their arguments beside the weights
+            try:
+                saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            except RuntimeError:  # files from before torch 1.6 cannot be mapped
+                saved = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         fail(f"{path} does not exist")
-    except pickle.UnpicklingError as e:
-        if "argparse.Namespace" in str(e):  # the MAR and DiT releases store their arguments beside the weights
-            import argparse
-            with torch.serialization.safe_globals([argparse.Namespace]):
-                return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except pickle.UnpicklingError:
         fail(f"{path} is not a plain weights file (it would run code, or is damaged); nothing was loaded")
     except (OSError, EOFError, RuntimeError, ValueError) as e:
         fail(f"{path} cannot be read as a checkpoint: {str(e).splitlines()[0][:100]}")
@@ -983,7 +989,7 @@ def read_safetensors(path):
             piece, dtype = data[start:end], SAFETENSORS_TYPES[v["dtype"]]
             aligned = piece if piece.data_ptr() % dtype.itemsize == 0 else piece.clone()
             state[k] = aligned.view(dtype).view(v["shape"])
-    except (ValueError, RuntimeError, KeyError, struct.error) as e:
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, OverflowError, struct.error) as e:
         fail(f"{path} is not a complete .safetensors file ({str(e).splitlines()[0][:80]})")
     return state, json.loads(metadata["config"]) if "config" in metadata else None
 
@@ -1018,7 +1024,7 @@ def write_whole(path, write):
     except (OSError, RuntimeError) as e:  # torch.save reports an unwritable folder as a RuntimeError
         fail(f"cannot write {path}: {getattr(e, 'strerror', None) or str(e).splitlines()[0]}; choose another --out")
     finally:
-        if temporary.exists():
+        with contextlib.suppress(OSError):
             temporary.unlink()
 
 
@@ -1035,7 +1041,7 @@ def guess_model(state: dict):
             same = same and depth("encoder_blocks.") + depth("decoder_blocks.") == shape["depth"]
         else:
             same = "x_embedder.proj.weight" in state and len(state["x_embedder.proj.weight"]) == shape["width"]
-            same = same and depth("blocks.") == shape["depth"] and state["pos_embed"].shape[1] == (shape.get("input_size", 32) // 2) ** 2
+            same = same and depth("blocks.") == shape["depth"] and "pos_embed" in state and state["pos_embed"].shape[1] == (shape.get("input_size", 32) // 2) ** 2
         if same:
             return name
     return None
@@ -1048,15 +1054,17 @@ def locate_weights(name: str) -> Path:
     bundled = ROOT / "weights" / f"{name}.pt"
     if bundled.exists():
         return bundled
-    if name not in WEIGHTS:
-        fail(f"no weights are known for {name!r}; give --ckpt FILE (weights exist for {', '.join(WEIGHTS)} and the bundled tiny models)")
+    if name not in WEIGHTS or name not in MODELS:
+        known = [n for n in WEIGHTS if n in MODELS]
+        fail(f"no weights are known for {name!r}; give --ckpt FILE (weights exist for {', '.join(known)} and are bundled for dit-tiny and sit-tiny)")
     return fetch(name)
 
 
 def locate(path_or_url: str) -> Path:
     """A path as it is; a URL downloaded to weights/."""
     if re.match(r"https?://", str(path_or_url)):
-        return download(path_or_url, ROOT / "weights" / Path(path_or_url.split("?")[0]).name)
+        tag = hashlib.sha256(path_or_url.encode()).hexdigest()[:8]  # many releases call their file checkpoint-last.pth
+        return download(path_or_url, ROOT / "weights" / f"{tag}-{Path(path_or_url.split('?')[0]).name}")
     if not Path(path_or_url).exists():
         fail(f"{path_or_url} does not exist")
     return Path(path_or_url)
@@ -1073,13 +1081,13 @@ def download(url: str, path: Path, size: int = None, sha256: str = None, tries: 
     if path.exists():
         return path
     if int(os.environ.get("LOCAL_RANK", 0)) == 0:
-        part = path.with_name(path.name + ".part")
+        part = path.with_name(f"{path.name}.{socket.gethostname()}.part")  # machines may share the folder
         path.parent.mkdir(parents=True, exist_ok=True)
         for attempt in range(tries):
             try:
                 transfer(url, part)
                 break
-            except (OSError, urllib.error.URLError) as e:
+            except (OSError, http.client.HTTPException) as e:
                 if attempt == tries - 1 or isinstance(e, urllib.error.HTTPError) and e.code < 500:
                     fail(f"cannot download {url} ({e}); fetch it by other means and put it at {path}")
                 time.sleep(min(2**attempt, 10) * 0.5)
@@ -1151,9 +1159,12 @@ def start_ranks(device: str = "auto") -> torch.device:
         fail(f"--device {device} asks for a GPU but torch sees none; use --device cpu")
     if device == "cuda":
         device = f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}"
-    device = torch.device(device)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
+    try:
+        device = torch.device(device)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+    except RuntimeError:
+        fail(f"--device {device} is no device of this machine; use cpu, cuda or cuda:N")
     if "RANK" in os.environ and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         atexit.register(lambda: dist.is_initialized() and dist.destroy_process_group())

@@ -87,7 +87,8 @@ class LayerMasks(nn.Module):
 
     def __init__(self, scheme: list, device):
         super().__init__()
-        self.candidates = [candidate_masks(n, m).to(device) for n, m in scheme]
+        self.on_host = [candidate_masks(n, m) for n, m in scheme]
+        self.candidates = [c.to(device) for c in self.on_host]
         self.logits = nn.ParameterList(nn.Parameter(torch.full((len(c),), 0.02, device=device)) for c in self.candidates)
         self.average = nn.ParameterList(nn.Parameter(p.detach().clone(), requires_grad=False) for p in self.logits)
 
@@ -96,9 +97,12 @@ class LayerMasks(nn.Module):
         drawn = [draw_masks(l, c, noise.gumbel(len(l)), tau) for l, c in zip(self.logits, self.candidates)]
         masks = torch.cat([mask for mask, _ in drawn], dim=1)  # (B, L)
         chosen = torch.stack([choice for _, choice in drawn], dim=1).cpu()  # (B, groups)
-        on = torch.cat([c.cpu()[chosen[:, g]] for g, c in enumerate(self.candidates)], dim=1) > 0  # (B, L)
-        for i, layer in enumerate(layers):
-            layer.set_mask(masks[:, i], on[:, i])
+        on = torch.cat([c[chosen[:, g]] for g, c in enumerate(self.on_host)], dim=1) > 0  # (B, L)
+        order = (~on).to(torch.uint8).argsort(dim=0, stable=True)  # a column: first the samples that use the layer
+        orders = torch.stack([order, order.argsort(dim=0)])  # (2, B, L), back to the device in one copy
+        orders = (orders.pin_memory() if masks.is_cuda else orders).to(masks.device, non_blocking=True)
+        for i, (layer, count) in enumerate(zip(layers, on.sum(dim=0).tolist())):
+            layer.set_mask(masks[:, i], count, *orders[:, :, i])
 
     def decide(self):
         """-> the kept layers, and for every layer the probability that it is kept, by the averaged logits."""
@@ -126,11 +130,9 @@ class MaskedLayer(nn.Module):
         super().__init__()
         self.block = block
 
-    def set_mask(self, mask, on):
-        """mask: (B,) straight-through values; on: (B,) the same as booleans on the CPU."""
-        order = torch.cat([on.nonzero()[:, 0], (~on).nonzero()[:, 0]])
-        self.mask, self.count = mask, int(on.sum())
-        self.order, self.inverse = (i.to(mask.device, non_blocking=True) for i in (order, order.argsort()))
+    def set_mask(self, mask, count: int, order, inverse):
+        """mask: (B,) straight-through values; order: (B,) the samples, first the `count` whose mask is 1; inverse: its inverse."""
+        self.mask, self.count, self.order, self.inverse = mask, count, order, inverse
 
     def forward(self, x, *conditions):
         on, off = ([v.index_select(0, rows) for v in (x, *conditions)] for rows in (self.order[: self.count], self.order[self.count :]))
@@ -243,7 +245,7 @@ CRITERIA = dict(learned=learned, random=random, indices=indices)
 
 def cut(args, scheme, kept):
     """Writes shallow.pt: the original network, read anew, with only the kept layers."""
-    net, config = load_model(args.model if not args.ckpt else None, args.ckpt)
+    net, config = load_model(args.model, args.ckpt)
     net.keep_layers(kept)
     config |= dict(depth=net.depths(), kept=kept, scheme=[list(g) for g in scheme], parent=args.ckpt or config["name"], criterion=args.criterion)
     save_checkpoint(Path(args.out) / "shallow.pt", model=net.state_dict(), config=config, step=0)
@@ -255,7 +257,7 @@ def draw_decision(out: Path, scheme: list):
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     lines = [line for line in lines if "kept" in line]
     if not lines:
-        return
+        return (out / "decision.png").unlink(missing_ok=True)  # an earlier search's
     depth, cell, left, top = sum(m for _, m in scheme), 22, 70, 34
     width = max(6, min(28, 840 // len(lines)))
     W, H = left + width * len(lines) + 90, top + cell * depth + 46
@@ -299,6 +301,8 @@ def parse_arguments():
 def main():
     args = parse_arguments()
     device = start_ranks(args.device)
+    if args.layers and args.criterion != "indices":
+        fail("--layers names the layers of --criterion indices; add that")
     if not args.model and not args.ckpt:
         args.model = "dit-tiny"
     net, config = load_model(args.model, args.ckpt, device)

@@ -10,8 +10,8 @@ rounding. The averaged (EMA) weights are used. Writes to --out: samples.npz (arr
 samples.json (model, depth, parameters, settings, images/s) and grid.png, one row a class.
 """
 import argparse
+import atexit
 import json
-import os
 import time
 from pathlib import Path
 
@@ -109,8 +109,8 @@ def parse_arguments():
 def main():
     args = parse_arguments()
     device = start_ranks(args.device)
-    if args.num < 1 or args.batch_size < 1:
-        fail("--num-images and --batch-size must be at least 1")
+    if args.num < 1 or args.batch_size < 1 or args.seed < 0:
+        fail("--num-images and --batch-size must be at least 1, --seed at least 0")
     ckpt = args.ckpt or (None if args.model else "out/distill/student.pt")
     net, config = load_model(args.model, ckpt, device)
     if args.export:
@@ -124,7 +124,9 @@ def main():
         fail(f"--classes {args.classes}: the network knows classes 0 to {net.classes - 1}")
     labels = classes[np.arange(args.num) % len(classes)]
     vae_name = args.vae or ("digits" if net.classes == 10 else "kl16" if net.channels == 16 else "sd-ema")
-    vae = load_vae(vae_name, args.vae_ckpt, device)
+    vae = load_vae(vae_name, args.vae_ckpt, device, getattr(torch, args.dtype))
+    if vae.config["latent"] != net.channels:
+        fail(f"--vae {vae_name} decodes {vae.config['latent']} channels, {config['name']} makes {net.channels}")
     autocast = torch.autocast(device.type, getattr(torch, args.dtype), enabled=args.dtype != "float32")
 
     out = Path(args.out)
@@ -136,6 +138,7 @@ def main():
             np.lib.format.open_memmap(scratch, "w+", np.uint8, (args.num, size, size, 3)).flush()
         except OSError as e:
             fail(f"cannot write to {out}: {e.strerror}; choose another --out")
+        atexit.register(lambda: scratch.unlink(missing_ok=True))
     barrier()
     images = np.lib.format.open_memmap(scratch, "r+")
     progress = Progress("sample", args.num * options["steps"] // world_size(), "image steps")
@@ -156,7 +159,6 @@ def main():
     (out / "samples.json").write_text(json.dumps(facts) + "\n")
     shown = min(args.num, 4096)
     grid_of(np.asarray(images[:shown]), labels[:shown]).save(out / "grid.png")
-    os.remove(scratch)
     print(f"{args.num} images in {seconds:.0f} s ({facts['images_per_s']} images/s) from {config['name']} of depth {facts['depth']}; wrote {out}/samples.npz and grid.png")
 
 

@@ -32,7 +32,7 @@ import fid
 import model
 import prune
 import sample
-from extract_latents import (DIGITS, DIGITS_VAE, KL16, SD, VAES, AutoencoderKL, Latents, center_crop, decode_images, encode_pixels, epoch_order, load_vae, psnr, read_npz, rename_vae_keys, to_pixels, train_vae)
+from extract_latents import (DIGITS, DIGITS_VAE, KL16, SD, VAES, AutoencoderKL, Latents, center_crop, decode_images, epoch_order, load_vae, psnr, read_npz, rename_vae_keys, to_pixels, train_vae)
 from model import RowNoise, build_model, load_state
 
 ROOT = Path(__file__).resolve().parent
@@ -155,6 +155,12 @@ def user_error(capsys, module, *flags) -> str:
     lines = capsys.readouterr().err.strip().split("\n")
     assert stopped.value.code == 2 and lines[-1].startswith("error: ") and all(" steps/s " in line for line in lines[:-1]), lines
     return lines[-1]
+
+
+def give_mask(layer, mask, on):
+    """Sets a MaskedLayer's mask as LayerMasks.draw does."""
+    order = (~on).to(torch.uint8).argsort(stable=True)
+    layer.set_mask(mask, int(on.sum()), order, order.argsort())
 
 
 def log_of(folder):
@@ -528,6 +534,22 @@ def test_a_checkpoint_of_another_model_is_named(tmp_path, capsys):
         model.load_model("dit-tiny", tmp_path / "cut.pt")
 
 
+def test_weights_of_a_shape_that_two_models_share_need_a_name(tmp_path, capsys):
+    """DiT and SiT have the same keys: reading one as the other would draw garbage without a word."""
+    torch.save(small("sit-tiny", 12).state_dict(), tmp_path / "w.pt")
+    with pytest.raises(SystemExit):
+        model.load_model(ckpt=tmp_path / "w.pt")
+    assert "add --model" in capsys.readouterr().err
+
+
+def test_files_of_one_name_behind_two_urls_stay_apart(monkeypatch):
+    asked = []
+    monkeypatch.setattr(model, "download", lambda url, path: asked.append(path))
+    model.locate("https://a/one/checkpoint-last.pth")
+    model.locate("https://a/two/checkpoint-last.pth")
+    assert asked[0] != asked[1] and asked[0].suffix == ".pth"
+
+
 def test_nothing_half_written_is_left(tmp_path, capsys):
     def broken(temporary):
         Path(temporary).write_bytes(b"half")
@@ -589,7 +611,8 @@ def test_download_refuses_what_is_wrong(server, tmp_path, capsys):
         with pytest.raises(SystemExit):
             model.download(url + path, tmp_path / "x.pt", size, sha256)
         assert words in capsys.readouterr().err and not (tmp_path / "x.pt").exists()
-        (tmp_path / "x.pt.part").unlink(missing_ok=True)
+        for part in tmp_path.glob("*.part"):
+            part.unlink()
     with pytest.raises(SystemExit):  # offline
         model.download("http://127.0.0.1:9/w", tmp_path / "x.pt", tries=1)
     assert str(tmp_path / "x.pt") in capsys.readouterr().err
@@ -1074,7 +1097,7 @@ def test_gumbel_masks_and_their_gradients(case, scheme, tau, scaling):
         masks.append(mask)
         on.append(candidates[choice] > 0)
     for layer, mask, where in zip(layers, torch.cat(masks, 1).T, torch.cat(on, 1).T):
-        layer.set_mask(mask, where)
+        give_mask(layer, mask, where)
     out = net(g["in.x"], g["in.t"], g["in.y"])
     near(out, g["out.output"])
     out.square().mean().backward()
@@ -1163,7 +1186,7 @@ def test_the_cut_is_exact(name, latents, teachers, tmp_path):
     net.replace_layers(layers)
     for i, layer in enumerate(layers):
         keep = torch.full((6,), float(i in (1, 2)))
-        layer.set_mask(keep, keep > 0)
+        give_mask(layer, keep, keep > 0)
     batch = shallow.objective().draw(torch.randn(6, 4, 8, 8), torch.arange(6), RowNoise((0,), 0, 6, 6))
     with torch.no_grad():
         torch.testing.assert_close(shallow.objective().predict(net, batch), shallow.objective().predict(shallow, batch), rtol=0, atol=0)
@@ -1374,6 +1397,18 @@ def test_modes_differ_in_what_they_add(mode, latents, teachers, tmp_path):
         assert line["loss"] == pytest.approx(0.9 * line["kd"] + 0.1 * line["diffusion"] + 0.01 * line.get("rep", 0), rel=1e-5)
 
 
+def test_resuming_from_an_earlier_checkpoint_leaves_the_later_branch(latents, teachers, tmp_path):
+    """...and a log line torn by a kill does not stop it."""
+    flags = stage_flags("distill", "dit-tiny", latents, teachers, tmp_path)
+    run(distill, *flags)
+    with open(tmp_path / "log.jsonl", "a") as f:
+        f.write('{"step": 7, "lo')
+    flags[flags.index("--keep") + 1] = 2
+    run(distill, *flags, "--resume", tmp_path / "step-00000002.pt")
+    assert sorted(p.name for p in tmp_path.glob("step-*")) == ["step-00000005.pt", "step-00000006.pt"]
+    assert [line["step"] for line in log_of(tmp_path)] == list(range(1, 7))
+
+
 def test_only_the_newest_checkpoints_are_kept_and_a_new_run_starts_clean(latents, teachers, tmp_path):
     flags = stage_flags("distill", "dit-tiny", latents, teachers, tmp_path)
     flags[flags.index("--keep") + 1] = 2
@@ -1395,7 +1430,11 @@ def test_mistakes_get_one_sentence(latents, teachers, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     assert "cannot write" in user_error(capsys, distill, *without("--out", tmp_path / "file"))
     run(distill, *flags)
-    assert "belongs to a run with" in user_error(capsys, distill, *without("--steps", 9), "--resume", "auto")
+    for other in (without("--steps", 9), [*flags, "--lr", 1e-4], [*flags, "--mode", "finetune"]):
+        assert "belongs to a run with" in user_error(capsys, distill, *other, "--resume", "auto")
+    assert "at least 1" in user_error(capsys, distill, *without("--batch-size", 0))
+    assert "another kind" in user_error(capsys, distill, *without("--teacher", teachers / "sit-tiny.pt"))
+    assert "add that" in user_error(capsys, prune, "--ckpt", teachers / "dit-tiny.pt", "--layers", "0,1", "--latents", latents, "--out", tmp_path)
     assert "do not divide" in user_error(capsys, prune, "--ckpt", teachers / "dit-tiny.pt", "--scheme", "3:5", "--latents", latents, "--out", tmp_path)
     assert "keeps 3 of layers" in user_error(capsys, prune, "--ckpt", teachers / "dit-tiny.pt", "--scheme", "2:4", "--criterion", "indices", "--layers", "0,1,2", "--latents", latents, "--out", tmp_path)
     assert "the network takes" in user_error(capsys, distill, *without("--student"), "--mode", "scratch", "--model", "dit-s")
@@ -1488,6 +1527,7 @@ def test_sampling_mistakes_get_one_sentence(teachers, tmp_path, capsys):
     flags = ["--ckpt", teachers / "dit-tiny.pt", "--out", tmp_path, "--num-images", 2]
     assert "does not apply" in user_error(capsys, sample, *flags, "--temperature", 0.9)
     assert "does not apply" in user_error(capsys, sample, *flags, "--sampler", "ode-heun")
+    assert "2 to 1000" in user_error(capsys, sample, *flags, "--steps", 1)
     assert "classes 0 to 9" in user_error(capsys, sample, *flags, "--classes", "3,11")
     assert "holds dit-tiny" in user_error(capsys, sample, *flags, "--model", "sit-tiny")
     assert ".safetensors or .pt" in user_error(capsys, sample, *flags, "--export", tmp_path / "w.bin")
