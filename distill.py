@@ -31,7 +31,7 @@ import torch.distributed as dist
 from PIL import Image, ImageDraw
 
 from extract_latents import Latents, epoch_order
-from model import (MODELS, Progress, RowNoise, barrier, build_model, fail, load_model, load_state, locate, mix, rank, read_state, read_torch,
+from model import (MODELS, Progress, RowNoise, barrier, build_model, end_ranks, fail, load_model, load_state, locate, mix, rank, read_state, read_torch,
                    save_checkpoint, start_ranks, world_size, write_whole)
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -265,6 +265,7 @@ def train(run: Run, batches: Batches, optimizer, losses, contents, lr_factor=lam
         if stopping:
             if rank() == 0:
                 print(f"stopped by a signal at step {done} of {args.steps}; continue with --resume auto")
+            end_ranks()
             raise SystemExit(0)
 
 
@@ -489,3 +490,4 @@ def main():
 
 if __name__ == "__main__":
     main()
+    end_ranks()

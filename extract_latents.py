@@ -39,7 +39,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 
-from model import (Progress, clock, fail, fetch, load_state, locate, mix, rank, read_state, save_checkpoint, start_ranks,
+from model import (Progress, clock, end_ranks, fail, fetch, load_state, locate, mix, rank, read_state, save_checkpoint, start_ranks,
                    world_size, write_whole)
 
 ROOT = Path(__file__).resolve().parent
@@ -694,3 +694,4 @@ def main():
 
 if __name__ == "__main__":
     main()
+    end_ranks()

@@ -17,7 +17,6 @@ Read top to bottom: layers; DiT and SiT; MAR; the Gaussian process of DiT and MA
 checkpoints; what every run needs (errors, ranks, progress, seeded randomness).
 """
 import argparse
-import atexit
 import contextlib
 import hashlib
 import http.client
@@ -1167,8 +1166,14 @@ def start_ranks(device: str = "auto") -> torch.device:
         fail(f"--device {device} is no device of this machine; use cpu, cuda or cuda:N")
     if "RANK" in os.environ and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-        atexit.register(lambda: dist.is_initialized() and dist.destroy_process_group())
     return device
+
+
+def end_ranks():
+    """Waits for the other ranks and leaves the group: a rank that ends while others still talk to it can crash on its way out."""
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
 
 
 class Progress:

@@ -32,7 +32,7 @@ from PIL import Image, ImageDraw
 
 from distill import Batches, Run, adamw, add_training_arguments, check_fit, ema_update, fill_defaults, prepare, train
 from extract_latents import Latents
-from model import barrier, fail, load_model, mix, rank, save_checkpoint, start_ranks
+from model import barrier, end_ranks, fail, load_model, mix, rank, save_checkpoint, start_ranks
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Groups and their candidate masks.
@@ -325,3 +325,4 @@ def main():
 
 if __name__ == "__main__":
     main()
+    end_ranks()

@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 
 from extract_latents import decode_images, load_vae
-from model import (SMALL_SAMPLING, Progress, RowNoise, barrier, fail, load_model, rank, save_checkpoint, start_ranks,
+from model import (SMALL_SAMPLING, Progress, RowNoise, barrier, end_ranks, fail, load_model, rank, save_checkpoint, start_ranks,
                    world_size, write_safetensors, write_whole)
 
 BLOCK = 16  # images that share a noise generator
@@ -170,3 +170,4 @@ def save_npz(path, images, labels):
 
 if __name__ == "__main__":
     main()
+    end_ranks()
