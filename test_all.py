@@ -1207,6 +1207,9 @@ def test_lora_starts_as_no_change_and_moves_only_itself(latents, teachers):
     delta = prune.add_delta_w(net, "lora", 8)
     assert torch.equal(net.objective().predict(net, batch), before)
     linears = sum(isinstance(m, prune.LoRALinear) for m in net.modules())
+    with torch.no_grad():
+        delta[1].fill_(0.01)
+    assert not torch.equal(net.objective().predict(net, batch), before)
     assert linears == 4 * 5 + 4 and len(delta) == 2 * linears  # qkv, proj, fc1, fc2, adaLN a block; two of t_embedder, two of the final layer
     assert prune.add_delta_w(net, "frozen", 8) == []
 
