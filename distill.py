@@ -346,6 +346,7 @@ def make_losses(net, teacher, objective, pairs, args):
     k = 2.0 if args.mode == "masked-kd" else math.inf
 
     def losses(x, y, noise, step):
+        """-> dict of (b,) tensors: the loss, and its parts for the log."""
         batch = objective.draw(x, y, noise)
         out = objective.predict(net, batch)
         diffusion = objective.loss(out, batch)
@@ -401,6 +402,7 @@ def plot_loss(out: Path):
 
 
 def parse_arguments():
+    """The command line; what is None follows the data (digits or ImageNet), see `main`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--mode", choices=["masked-kd", "kd", "output-kd", "finetune", "scratch"], default="masked-kd", help="what the student learns from (default: %(default)s)")
     parser.add_argument("--student", default="out/prune/shallow.pt", metavar="FILE", help="written by prune.py (default: %(default)s); unused in mode scratch")
@@ -441,6 +443,7 @@ def load_teacher(args, config, device):
 
 
 def main():
+    """Load student and teacher, resume if asked, train, write student.pt and loss.png."""
     args = parse_arguments()
     if args.mode != "scratch" and (args.model or args.depth):
         fail("--model and --depth say what --mode scratch starts from; in the other modes give --student FILE")

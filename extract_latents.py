@@ -60,6 +60,8 @@ VAES = {
 
 
 class ResnetBlock(nn.Module):
+    """Two 3x3 convolutions after GroupNorm and SiLU, around a shortcut."""
+
     def __init__(self, c_in, c_out, groups):
         super().__init__()
         self.norm1 = nn.GroupNorm(groups, c_in, eps=1e-6)
@@ -129,6 +131,8 @@ class Level(nn.Module):
 
 
 class Middle(nn.Module):
+    """Residual block, attention, residual block, at the lowest resolution."""
+
     def __init__(self, c, groups):
         super().__init__()
         self.resnets = nn.ModuleList([ResnetBlock(c, c, groups), ResnetBlock(c, c, groups)])
@@ -139,6 +143,8 @@ class Middle(nn.Module):
 
 
 class Encoder(nn.Module):
+    """Images (B, 3, fH, fW) -> moments (B, 2C, H, W), before quant_conv."""
+
     def __init__(self, channels, layers, latent, groups, image_channels, encoder_attention):
         super().__init__()
         last = len(channels) - 1
@@ -158,6 +164,8 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
+    """Latents (B, C, H, W), after post_quant_conv -> images (B, 3, fH, fW)."""
+
     def __init__(self, channels, layers, latent, groups, image_channels):
         super().__init__()
         channels = channels[::-1]
@@ -359,6 +367,7 @@ def read_folder(path):
 
 
 def read_npz(path):
+    """-> images uint8 (N, H, W) or (N, H, W, 3), labels int64 (N,), class names; fails in one sentence on anything else."""
     try:
         with np.load(path) as data:
             images, labels = data["arr_0"], data["arr_1"]
@@ -437,6 +446,7 @@ SETTINGS = ("vae", "weights", "image_size", "shape", "flips", "count", "chunk", 
 
 
 def extract(args):
+    """Images of --data -> a directory of latents, all ranks together. Exit code 3 if some could not be read."""
     device = start_ranks(args.device)
     vae = load_vae(args.vae, args.ckpt, device, getattr(torch, args.dtype))
     size, channels = args.image_size or vae.config["image_size"], vae.config["image_channels"]
@@ -670,6 +680,7 @@ def epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
 
 
 def main():
+    """The command line: extraction, or --train-vae."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--data", metavar="PATH", help="folder of class folders, or .npz of uint8 images with labels (default: the bundled digits)")
     parser.add_argument("--vae", default="digits", choices=VAES)

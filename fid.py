@@ -248,6 +248,7 @@ def load_digits(path=WEIGHTS["digits"]):
 
 
 def load_weights(net, path, hint):
+    """Puts the state dict in `path` into net; UserError ending with `hint` if it is missing, damaged or another network's."""
     if not Path(path).is_file():
         raise UserError(f"no weights at {path}: {hint}")
     try:
@@ -338,6 +339,7 @@ class Images(NamedTuple):
 
 
 def open_images(path):
+    """An .npz, a folder of images, or an .npz of statistics alone -> Images. UserError on anything else."""
     path = Path(path)
     if path.is_dir():
         return open_folder(path)
@@ -350,6 +352,7 @@ def open_images(path):
 
 
 def open_npz(path):
+    """ADM's format, mapped where it is stored uncompressed; statistics mu, sigma, mu_s, sigma_s if it has them."""
     with zipfile.ZipFile(path) as archive:
         members = archive.infolist()
     # The zip's own CRC-32 of each array: says what the file holds without reading it.
@@ -398,6 +401,7 @@ def map_array(path, member):
 
 
 def open_folder(path):
+    """A folder of images of one size, in sorted order, read as they are needed."""
     files = sorted(f for f in path.rglob("*") if f.suffix.lower() in IMAGE_SUFFIXES)
     if len(files) < 2:
         raise UserError(f"{path} holds {len(files)} images: a covariance needs at least 2 ({' '.join(IMAGE_SUFFIXES)})")
@@ -529,6 +533,7 @@ def statistics(images, net, key, features, batch_size, device, keep, cache):
 
 
 def read_cache(path, keys):
+    """The arrays of an earlier run if everything that they depend on is the same, else None."""
     try:
         with np.load(path, allow_pickle=False) as file:
             if str(file["key"]) in keys:
@@ -734,6 +739,7 @@ ROWS = {"fid": ("FID", "lower is better"), "sfid": ("sFID", "lower is better"),
 
 
 def parse_args():
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("samples", nargs="?", default="out/sample/samples.npz", metavar="SAMPLES",
@@ -758,6 +764,7 @@ def parse_args():
 
 
 def run(args):
+    """One mode: benchmark, training of the digit classifier, or measuring."""
     if args.batch_size is not None and args.batch_size < 1:
         raise UserError(f"--batch-size {args.batch_size} must be at least 1")
     if args.benchmark:
@@ -786,6 +793,7 @@ def run(args):
 
 
 def main():
+    """`run`, with mistakes of the user's told in one sentence and exit code 2."""
     args = parse_args()
     try:
         run(args)

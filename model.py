@@ -1185,6 +1185,7 @@ class Progress:
         self.tty = sys.stderr.isatty()
 
     def update(self, done: int, note: str = ""):
+        """Prints the line if it is time, and always at the end. Cheap enough for every step."""
         now = time.time()
         ended = done >= self.total
         if rank() != 0 or (not ended and now - self.last < (0.2 if self.tty else 10)):

@@ -79,6 +79,7 @@ def export(args, net, config):
 
 
 def parse_arguments():
+    """The command line; a sampling option that is None takes the family's default."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--model", metavar="NAME", help="a registry model with its own weights, like dit-xl")
@@ -107,6 +108,7 @@ def parse_arguments():
 
 
 def main():
+    """Load, sample this rank's batches, and on rank 0 write .npz, .json and grid."""
     args = parse_arguments()
     device = start_ranks(args.device)
     if args.num < 1 or args.batch_size < 1 or args.seed < 0:
