@@ -1,5 +1,5 @@
 # make demo                  every stage on the bundled digits, on a laptop CPU
-# make demo MODEL=sit-tiny   the same for SiT
+# make demo MODEL=sit-tiny   the same for SiT, or mar-tiny
 # make test                  the tests
 PYTHON ?= python3
 MODEL ?= dit-tiny

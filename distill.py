@@ -22,6 +22,7 @@ import json
 import math
 import os
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -41,18 +42,17 @@ from model import (MODELS, Progress, RowNoise, barrier, build_model, end_ranks, 
 class Batches:
     """batches(step, micro) -> latents x (b, C, H, W), labels y (b,), noise: this rank's part of the global batch of `step`.
 
-    The global batch is cut into world_size * accumulate equal parts. Rows and noise follow from (seed, step) and the
-    place in the global batch, so they are the same for any number of ranks and any accumulation.
+    The global batch is cut into world_size * accumulate parts, equal to within one row. Rows and noise follow from (seed, step)
+    and the place in the global batch, so they are the same for any number of ranks and any accumulation.
     """
 
     def __init__(self, latents, batch_size, accumulate, seed, device):
-        parts = world_size() * accumulate
-        if batch_size % parts:
-            fail(f"--batch-size {batch_size} is not divisible by {world_size()} ranks x {accumulate} accumulation steps")
+        self.parts = world_size() * accumulate
+        if batch_size < self.parts:
+            fail(f"--batch-size {batch_size} is too small for {world_size()} ranks x {accumulate} accumulation steps")
         if batch_size > len(latents):
             fail(f"--batch-size {batch_size} is larger than the data set of {len(latents)} images")
         self.latents, self.batch_size, self.accumulate, self.seed, self.device = latents, batch_size, accumulate, seed, device
-        self.part = batch_size // parts
         self.steps_per_epoch = len(latents) // batch_size
         self.epoch, self.order = None, None
 
@@ -60,9 +60,10 @@ class Batches:
         epoch, index = divmod(step, self.steps_per_epoch)
         if epoch != self.epoch:
             self.epoch, self.order = epoch, epoch_order(len(self.latents), self.seed, epoch)
-        start = (rank() * self.accumulate + micro) * self.part
-        rows = self.order[index * self.batch_size + start :][: self.part]
-        noise = RowNoise((self.seed, step), start, start + self.part, self.batch_size, self.device)
+        part = rank() * self.accumulate + micro
+        start, stop = (self.batch_size * p // self.parts for p in (part, part + 1))
+        rows = self.order[index * self.batch_size :][start:stop]
+        noise = RowNoise((self.seed, step), start, stop, self.batch_size, self.device)
         x, y = self.latents.batch(rows, noise, self.device)
         return x, y, noise
 
@@ -95,7 +96,7 @@ def add_training_arguments(parser):
     parser.add_argument("--log-every", type=int, default=20, metavar="STEPS", help="between lines of log.jsonl (default: %(default)s)")
     parser.add_argument("--save-every", type=int, metavar="STEPS", help="between step-*.pt checkpoints")
     parser.add_argument("--keep", type=int, default=2, metavar="K", help="newest step-*.pt to keep (default: %(default)s)")
-    parser.add_argument("--resume", metavar="auto|FILE", help="continue: auto takes the newest step-*.pt of --out, if there is one")
+    parser.add_argument("--resume", metavar="auto|never|FILE", help="continue: auto takes the newest step-*.pt of --out, if there is one; never starts anew over an unfinished run")
 
 
 def fill_defaults(args, recipe: dict, steps_per_epoch):
@@ -157,21 +158,43 @@ class Run:
         self.stop = True
 
     def find_checkpoint(self):
-        """The checkpoint that --resume asks for, or None; torchrun's own restart of failed ranks asks for `auto`."""
-        wish = self.args.resume or ("auto" if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) else None)
-        if wish is None:
+        """The checkpoint that --resume asks for, or None. Rank 0 looks, so that all ranks take the same one.
+
+        torchrun --max-restarts N means `auto`. (Its count of restarts is no guide: it is 0 again when a node joins.)
+        """
+        wish = self.args.resume or ("auto" if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) else None)
+        if wish == "never":
             return None
-        path = max(self.out.glob("step-*.pt"), default=None) if wish == "auto" else Path(wish)
+        path = self.newest() if wish in ("auto", None) else Path(wish)
         if path is None:
             return None
         saved = read_torch(path)
+        if wish is None:
+            if saved["step"] < (saved.get("args") or {}).get("steps", 0):
+                fail(f"{self.out} holds a run that stopped at step {saved['step']} of {saved['args']['steps']}; add --resume auto to go on, or --resume never to start anew")
+            return None
         then, now = saved.get("args") or {}, self.fixed
         changed = [k for k in now if now[k] != then.get(k)]
         if changed:
             k = changed[0]
-            fail(f"{path} belongs to a run with --{k.replace('_', '-')} {then.get(k)}, not {now[k]}; repeat its flags, or choose another --out")
+            fail(f"{path} belongs to a run with --{k.replace('_', '-')} {then.get(k)}, not {now[k]}; repeat its flags, choose another --out, or start anew with --resume never")
         self.step = saved["step"]
         return saved
+
+    def newest(self):
+        """The newest step-*.pt that can be read, by rank 0's account, or None."""
+        found = [None]
+        if rank() == 0:
+            for path in sorted(self.out.glob("step-[0-9]*.pt"), reverse=True):
+                try:
+                    read_torch(path)
+                    found = [path]
+                    break
+                except SystemExit:  # read_torch has said why
+                    print(f"{path} is passed over", file=sys.stderr)
+        if world_size() > 1:
+            dist.broadcast_object_list(found)
+        return found[0]
 
     def open_log(self):
         """A fresh run starts its folder anew; a resumed one drops the log lines that it will write again."""
@@ -183,7 +206,7 @@ class Run:
             fail(f"cannot write to {self.out}: {e.strerror}; choose another --out")
         kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= self.step]  # a kill may tear the last one
         write_whole(log, lambda temporary: temporary.write_text("".join(line + "\n" for line in kept)))
-        for old in self.out.glob("step-*.pt"):
+        for old in self.out.glob("step-[0-9]*.pt"):
             if int(old.stem[5:]) > self.step:
                 old.unlink()
 
@@ -216,7 +239,7 @@ class Run:
         """Rank 0 writes step-*.pt and deletes the oldest beyond --keep."""
         if rank() == 0:
             save_checkpoint(self.out / f"step-{step:08}.pt", **contents, step=step, args=self.fixed)
-            for old in sorted(self.out.glob("step-*.pt"))[: -self.args.keep]:
+            for old in sorted(self.out.glob("step-[0-9]*.pt"))[: -self.args.keep]:
                 old.unlink()
         barrier()
 
@@ -226,7 +249,7 @@ def train(run: Run, batches: Batches, optimizer, losses, contents, lr_factor=lam
 
     losses(x, y, noise, step) -> dict of per-sample tensors (b,); "loss" is minimised, the others are only logged.
     contents() -> what a checkpoint must hold beside the step. after_step(step) follows each update. note() is logged.
-    The gradient is clipped to norm 1; a step whose gradient is not finite changes nothing (AdamW's found_inf).
+    The gradient is clipped to norm 1; a step whose gradient is not finite leaves weights and moments alone (AdamW's found_inf).
     """
     args, parameters = run.args, [p for group in optimizer.param_groups for p in group["params"]]
     for p in parameters:

@@ -39,7 +39,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 
-from model import (Progress, clock, end_ranks, fail, fetch, load_state, locate, mix, rank, read_state, save_checkpoint, start_ranks,
+from model import (Progress, clock, end_ranks, fail, fetch, guess_model, load_state, locate, mix, rank, read_state, save_checkpoint, start_ranks,
                    world_size, write_whole)
 
 ROOT = Path(__file__).resolve().parent
@@ -224,8 +224,9 @@ def load_vae(name: str = "digits", ckpt=None, device="cpu", dtype=torch.float32)
         fail(f"no VAE is called {name!r}; there are {', '.join(VAES)}")
     path = locate(ckpt) if ckpt else DIGITS_VAE if name == "digits" else fetch(f"vae-{name}")
     state, config = read_state(path)
-    if config is not None and config["name"] != name:
-        fail(f"{path} holds the VAE {config['name']}, not {name}; give --vae {config['name']} or another --ckpt")
+    other = config["name"] if config else guess_model(state)
+    if other not in (None, name):
+        fail(f"{path} holds {other}, not the VAE {name}; give another file{f', or --vae {other}' if other in VAES else ''}")
     if name == "digits" and config is None:
         fail(f"{path} does not hold a VAE for digits; train one with --train-vae")
     with torch.device("meta"):
@@ -395,9 +396,21 @@ def center_crop(image: Image.Image, size: int) -> np.ndarray:
     return pixels[top : top + size, left : left + size]
 
 
+TURNS = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE", 6: "ROTATE_270", 7: "TRANSVERSE", 8: "ROTATE_90"}
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """As its EXIF orientation says. (ImageOps.exif_transpose writes the EXIF anew, and fails where another of its fields is odd.)"""
+    try:
+        turn = TURNS.get(image.getexif().get(0x0112))
+    except Exception:  # damaged EXIF is no reason to lose the image
+        turn = None
+    return image.transpose(Image.Transpose[turn]) if turn else image
+
+
 def to_pixels(image: Image.Image, size: int, channels: int) -> np.ndarray:
     """Any image -> uint8 (channels, size, size): upright, 8-bit, grey or RGB. Transparency is dropped, as in ADM."""
-    image = ImageOps.exif_transpose(image)
+    image = upright(image)
     if image.mode.startswith("I;16"):
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if image.mode in ("I", "F"):
@@ -492,11 +505,14 @@ def prepare(out, meta, resume, closing):
             if len(done) != chunks:
                 fail(f"{out} has lost its record of what is done; start anew with --resume never")
             print(f"{out}: {done.sum()} of {chunks} chunks are done, going on")
-            return np.flatnonzero(done == 0)
-        free = shutil.disk_usage(next(p for p in (out.absolute(), *out.absolute().parents) if p.exists())).free
+        # what is there already, to be filled in or replaced, counts as free (the files have holes where nothing was written)
+        ours = sum(512 * f.stat().st_blocks for f in out.glob("*") if f.suffix in (".npy", ".part"))
+        free = ours + shutil.disk_usage(next(p for p in (out.absolute(), *out.absolute().parents) if p.exists())).free
         print(f"{meta['count']:,} images of {len(meta['classes'])} classes -> moments {shape}, {size_of(total)} on disk, {size_of(free)} free")
         if total > free:
             fail(f"{out} needs {size_of(total)} and its disk has {size_of(free)} free; choose another --out")
+        if old is not None:
+            return np.flatnonzero(done == 0)
         if not out.exists():
             out.mkdir(parents=True)
             lock(out, closing)
@@ -549,6 +565,8 @@ def encode_chunks(vae, dataset, todo, out, meta, args, device):
         if len(problems) == len(labels) >= 8:
             fail(f"none of {len(labels)} images in a row can be read, the first is {problems[0]}; is the disk all right?")
         moments = encode_pixels(vae, pixels.to(device, non_blocking=True), meta["flips"])
+        if not np.isfinite(moments).all():
+            fail(f"the VAE's output for the images from {dataset.name(i * meta['chunk'])} on is not finite; start again with --dtype float32, what is done is kept")
         row = i * meta["chunk"]
         try:
             write_at(files["moments"], moments.tobytes(), starts["moments"] + row * row_bytes)

@@ -18,6 +18,8 @@ checkpoints; what every run needs (errors, ranks, progress, seeded randomness).
 """
 import argparse
 import contextlib
+import datetime
+import fcntl
 import hashlib
 import http.client
 import json
@@ -549,6 +551,8 @@ def respace(respacing: str, total: int = 1000) -> list:
     """Which of the training timesteps a sampler visits: "250" evenly spread, both ends included; "ddim50" every 20th."""
     if not respacing:
         return list(range(total))
+    if not re.fullmatch(r"(ddim)?\d+", respacing):
+        fail(f"{respacing!r} is no number of diffusion steps; give one like 50 or ddim50")
     if respacing.startswith("ddim"):
         count = int(respacing[4:])
         for stride in range(1, total):
@@ -868,9 +872,13 @@ MODELS |= {
     "mar-large": dict(family=MAR, width=1024, depth=32, heads=16, loss_width=1280, loss_depth=8),
     "mar-base": dict(family=MAR, width=768, depth=24, heads=12, loss_width=1024, loss_depth=6),
     "mar-d16": dict(family=MAR, width=1024, depth=16, heads=16, loss_width=1280, loss_depth=8),  # cut from large
-    "mar-tiny": dict(family=MAR, width=96, depth=12, heads=3, loss_width=256, loss_depth=3, input_size=8, classes=10, channels=4, patch=2, buffer=4, dropout=0.0),
+    "mar-tiny": dict(family=MAR, width=96, depth=12, heads=3, loss_width=256, loss_depth=2, input_size=8, classes=10, channels=4, patch=2, buffer=4, dropout=0.0),
 }
-SMALL_SAMPLING = {"dit-tiny": dict(steps=64, guidance_channels=4), "sit-tiny": dict(steps=64, guidance_channels=4), "mar-tiny": dict(steps=16, token_steps=50)}  # instead of the objective's defaults
+# Instead of the objective's defaults. mar-tiny draws tokens in strides of 40, from t = 960 on: at t = 999 of the cosine schedule the
+# predicted x_0 holds the network's error times 20,000. A few thousand steps of training do not make that small: samples would diverge.
+SMALL_SAMPLING = {
+    "dit-tiny": dict(steps=64, guidance_channels=4), "sit-tiny": dict(steps=64, guidance_channels=4), "mar-tiny": dict(steps=8, guidance=4.0, token_steps="ddim25"),
+}
 
 WEIGHTS = {  # name: (file under weights/, URL, bytes or None, sha256 or None)
     "dit-xl": ("DiT-XL-2-256x256.pt", "https://dl.fbaipublicfiles.com/DiT/models/DiT-XL-2-256x256.pt", None, None),
@@ -928,7 +936,7 @@ def load_state(net: nn.Module, state: dict, source):
     problems = [f"{what} {', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''}" for what, keys in
                 (("missing", missing), ("unexpected", unexpected), ("misshaped", misshaped)) if keys]
     if problems:
-        guess = guess_model(state)
+        guess = guess_model(state) or ("a VAE" if "decoder.conv_in.weight" in state else None)
         fail(f"{source} does not fit the model asked for ({'; '.join(problems)})" + (f"; it looks like {guess}" if guess else ""))
     net.load_state_dict({k: v if v.dtype == torch.float32 else v.float() for k, v in state.items()}, assign=True)
 
@@ -947,16 +955,21 @@ def read_state(path, prefer: str = "ema"):
         config = saved.get("config") if isinstance(saved.get("config"), dict) and "name" in saved["config"] else None
         order = ("ema", "model_ema", "model", "state_dict") if prefer == "ema" else ("model", "state_dict", "ema", "model_ema")
         state = next((saved[k] for k in order if isinstance(saved.get(k), dict) and saved[k]), saved)
-    state = {k.removeprefix("module."): v for k, v in state.items() if isinstance(v, torch.Tensor)}
+    state = {k.removeprefix("module."): v.detach() for k, v in state.items() if isinstance(v, torch.Tensor)}
     if not state:
         fail(f"{path} holds no weights")
     return state, config
 
 
+# What releases store beside their weights: arguments, and losses as numpy scalars (whose pickles of numpy 1 and 2 differ in name).
+HARMLESS = [argparse.Namespace, np.dtype, np.dtypes.Float64DType, np.dtypes.Float32DType, np.dtypes.Int64DType,
+            (np._core.multiarray.scalar, "numpy.core.multiarray.scalar"), (np._core.multiarray.scalar, "numpy._core.multiarray.scalar")]
+
+
 def read_torch(path) -> dict:
     """torch.load that runs no code (weights_only), maps the file instead of reading it, and fails in one sentence."""
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):  # the releases store their arguments beside the weights
+        with torch.serialization.safe_globals(HARMLESS):
             try:
                 saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
             except RuntimeError:  # files from before torch 1.6 cannot be mapped
@@ -966,11 +979,12 @@ def read_torch(path) -> dict:
     except pickle.UnpicklingError:
         fail(f"{path} is not a plain weights file (it would run code, or is damaged); nothing was loaded")
     except (OSError, EOFError, RuntimeError, ValueError) as e:
-        fail(f"{path} cannot be read as a checkpoint: {str(e).splitlines()[0][:100]}")
+        fail(f"{path} cannot be read as a checkpoint: {(str(e) or type(e).__name__).splitlines()[0][:100]}")
     return saved if isinstance(saved, dict) else fail(f"{path} holds a {type(saved).__name__}, not a checkpoint")
 
 
-SAFETENSORS_TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8}
+SAFETENSORS_TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64, "I32": torch.int32,
+                     "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
 
 
 def read_safetensors(path):
@@ -988,9 +1002,10 @@ def read_safetensors(path):
             piece, dtype = data[start:end], SAFETENSORS_TYPES[v["dtype"]]
             aligned = piece if piece.data_ptr() % dtype.itemsize == 0 else piece.clone()
             state[k] = aligned.view(dtype).view(v["shape"])
+        config = json.loads(metadata["config"]) if metadata.get("config", "").startswith("{") else {}
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, OverflowError, struct.error) as e:
         fail(f"{path} is not a complete .safetensors file ({str(e).splitlines()[0][:80]})")
-    return state, json.loads(metadata["config"]) if "config" in metadata else None
+    return state, config if "name" in config else None  # other people's files may hold another `config`
 
 
 def write_safetensors(path, state: dict, config: dict):
@@ -1019,6 +1034,8 @@ def write_whole(path, write):
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)
+        with open(temporary, "rb+") as f:
+            os.fsync(f.fileno())  # a power cut after the rename must not leave an empty file
         os.replace(temporary, path)
     except (OSError, RuntimeError) as e:  # torch.save reports an unwritable folder as a RuntimeError
         fail(f"cannot write {path}: {getattr(e, 'strerror', None) or str(e).splitlines()[0]}; choose another --out")
@@ -1055,7 +1072,7 @@ def locate_weights(name: str) -> Path:
         return bundled
     if name not in WEIGHTS or name not in MODELS:
         known = [n for n in WEIGHTS if n in MODELS]
-        fail(f"no weights are known for {name!r}; give --ckpt FILE (weights exist for {', '.join(known)} and are bundled for dit-tiny and sit-tiny)")
+        fail(f"no weights are known for {name!r}; give --ckpt FILE (weights exist for {', '.join(known)} and are bundled for dit-tiny, sit-tiny and mar-tiny)")
     return fetch(name)
 
 
@@ -1077,52 +1094,59 @@ def fetch(name: str) -> Path:
 
 def download(url: str, path: Path, size: int = None, sha256: str = None, tries: int = 5) -> Path:
     """Fetches url to path once: rank 0 of each machine loads, the others wait. A broken transfer continues where it broke."""
-    if path.exists():
-        return path
-    if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+    if not path.exists() and int(os.environ.get("LOCAL_RANK", 0)) == 0:
         part = path.with_name(f"{path.name}.{socket.gethostname()}.part")  # machines may share the folder
         path.parent.mkdir(parents=True, exist_ok=True)
-        for attempt in range(tries):
-            try:
-                transfer(url, part)
-                break
-            except (OSError, http.client.HTTPException) as e:
-                if attempt == tries - 1 or isinstance(e, urllib.error.HTTPError) and e.code < 500:
-                    fail(f"cannot download {url} ({e}); fetch it by other means and put it at {path}")
-                time.sleep(min(2**attempt, 10) * 0.5)
-        if size and part.stat().st_size != size:
-            fail(f"{part} has {part.stat().st_size} bytes instead of {size}; delete it and start again")
-        if sha256:
-            with open(part, "rb") as f:
-                found = hashlib.file_digest(f, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else hashlib.sha256(f.read()).hexdigest()
-            if found != sha256:
-                fail(f"{part} has SHA-256 {found[:12]}... instead of {sha256[:12]}...; delete it and start again")
-        os.replace(part, path)
+        with open(part, "ab") as f:
+            fcntl.flock(f, fcntl.LOCK_EX)  # another program on this machine may want the same file
+            if path.exists():
+                part.unlink(missing_ok=True)
+                return path
+            for attempt in range(tries):
+                try:
+                    transfer(url, f, path.name)
+                    break
+                except (OSError, http.client.HTTPException) as e:
+                    if attempt == tries - 1 or isinstance(e, urllib.error.HTTPError) and e.code < 500 and e.code != 416:
+                        fail(f"cannot download {url} ({e}); fetch it by other means and put it at {path}")
+                    time.sleep(min(2**attempt, 10) * 0.5)
+            if size and part.stat().st_size != size:
+                fail(f"{part} has {part.stat().st_size} bytes instead of {size}; delete it and start again")
+            if sha256:
+                with open(part, "rb") as whole:
+                    found = hashlib.sha256()
+                    while piece := whole.read(2**24):
+                        found.update(piece)
+                if found.hexdigest() != sha256:
+                    fail(f"{part} has SHA-256 {found.hexdigest()[:12]}... instead of {sha256[:12]}...; delete it and start again")
+            os.replace(part, path)
     while not path.exists():
         time.sleep(1)
     return path
 
 
-def transfer(url: str, part: Path):
-    """Appends to `part` what it lacks of the file at url; raises OSError when the connection breaks."""
-    have = part.stat().st_size if part.exists() else 0
+def transfer(url: str, f, name: str):
+    """Appends to the open file f what it lacks of the file at url; raises OSError when the connection breaks."""
+    have = f.seek(0, os.SEEK_END)
     request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
     try:
         response = urllib.request.urlopen(request, timeout=30)
     except urllib.error.HTTPError as e:
-        if e.code == 416:  # nothing lacks
-            return
+        if e.code == 416:  # nothing lacks, or these are not this file's bytes
+            if e.headers.get("Content-Range", "").endswith(f"/{have}"):
+                return
+            f.truncate(0)
         raise
     with response:
         if have and response.status != 206:  # the server starts over
-            have = 0
+            have = f.truncate(0)
         total = have + int(response.headers.get("Content-Length") or 0)
-        progress = Progress(f"download {part.stem}", max(total // 2**20, 1), "MiB", have // 2**20)
-        with open(part, "ab" if have else "wb") as f:
-            while chunk := response.read(2**20):
-                f.write(chunk)
-                have += len(chunk)
-                progress.update(have // 2**20)
+        progress = Progress(f"download {name}", max(total // 2**20, 1), "MiB", have // 2**20)
+        while chunk := response.read(2**20):
+            f.write(chunk)
+            have += len(chunk)
+            progress.update(have // 2**20)
+        f.flush()
         if have < total:
             raise OSError(f"the connection broke at {have} of {total} bytes")
 
@@ -1165,7 +1189,8 @@ def start_ranks(device: str = "auto") -> torch.device:
     except RuntimeError:
         fail(f"--device {device} is no device of this machine; use cpu, cuda or cuda:N")
     if "RANK" in os.environ and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        # a rank may wait long for another that writes a checkpoint, downloads weights, or has a slower GPU
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(hours=2))
     return device
 
 

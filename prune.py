@@ -180,7 +180,10 @@ def add_delta_w(net, kind: str, r: int) -> list:
 
 
 def learned(net, objective, batches, scheme, run) -> list:
-    """TinyFusion's criterion: logits (lr 1e-3) and dW (lr 1e-4) trained together, tau from 4 to 0.1, as in its release."""
+    """TinyFusion's criterion: logits (lr 1e-3) and dW (lr 1e-4) trained together, tau from 4 to 0.1, as in its release.
+
+    The network stays in eval mode: MAR's dropout (the paper says nothing of it) would add noise to the comparison of the masks.
+    """
     args = run.args
     torch.manual_seed(mix(args.seed, 2))
     delta = add_delta_w(net, args.delta_w, args.lora_rank)
@@ -249,7 +252,8 @@ def cut(args, scheme, kept):
     net, config = load_model(args.model, args.ckpt)
     net.keep_layers(kept)
     config |= dict(depth=net.depths(), kept=kept, scheme=[list(g) for g in scheme], parent=args.ckpt or config["name"], criterion=args.criterion)
-    save_checkpoint(Path(args.out) / "shallow.pt", model=net.state_dict(), config=config, step=0)
+    state = net.state_dict()
+    save_checkpoint(Path(args.out) / "shallow.pt", model=state, ema=state, config=config, step=0)  # `ema` for the DiT release's scripts; stored once
     return net
 
 

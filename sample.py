@@ -72,7 +72,7 @@ def export(args, net, config):
     if path.suffix == ".safetensors":
         write_safetensors(path, state, config)
     elif path.suffix in (".pt", ".pth"):
-        save_checkpoint(path, model=state, config=config, step=0)
+        save_checkpoint(path, model=state, ema=state, config=config, step=0)  # the DiT release's scripts look for `ema`; it is stored once
     else:
         fail(f"--export {path}: the name must end in .safetensors or .pt")
     print(f"wrote {path}: {sum(v.numel() for v in state.values()) / 1e6:.2f} M numbers as {args.dtype}")
@@ -86,16 +86,16 @@ def parse_arguments():
     add("--ckpt", metavar="FILE|URL", help="a checkpoint (default without --model: out/distill/student.pt)")
     add("--num-images", "--num", dest="num", type=int, default=1000, metavar="N", help="how many (default: %(default)s; FID-50K needs 50000). Under torchrun write it out: it would take --num for a flag of its own")
     add("--classes", metavar="I,J,...", help="only these class indices (default: all in turn)")
-    add("--steps", type=int, metavar="N", help="sampling steps (default: 250, MAR 64 rounds; digits 64, MAR 16)")
+    add("--steps", type=int, metavar="N", help="sampling steps (default: 250, MAR 64 rounds; digits 64, mar-tiny 8)")
     add("--sampler", help="DiT: ddpm (default), ddim; SiT: sde-euler (default), sde-heun, ode-euler, ode-heun, ode-dopri5; MAR: mar")
-    add("--guidance", type=float, metavar="SCALE", help="classifier-free guidance scale, 1 is none (default: 1.5, MAR 3)")
+    add("--guidance", type=float, metavar="SCALE", help="classifier-free guidance scale, 1 is none (default: 1.5, MAR 3, mar-tiny 4)")
     add("--guidance-channels", type=int, metavar="C", help="DiT, SiT: latent channels that are guided (default: 3 of 4, as in the releases)")
     add("--guidance-schedule", choices=["linear", "constant"], help="MAR: over the rounds (default: linear)")
     add("--diffusion-form", choices=["sigma", "SBDM", "constant", "linear", "decreasing", "increasing-decreasing"], help="SiT SDE: how much noise when (default: sigma)")
     add("--last-step", choices=["mean", "tweedie", "euler", "none"], help="SiT SDE: the last step (default: mean)")
     add("--last-step-size", type=float, metavar="T", help="SiT SDE: its length in time (default: 0.04)")
     add("--temperature", type=float, metavar="T", help="MAR: scale of the token sampler's noise (default: 1)")
-    add("--token-steps", type=int, metavar="N", help="MAR: diffusion steps a token (default: 100; digits 50)")
+    add("--token-steps", metavar="N|ddimN", help="MAR: diffusion steps a token, N evenly spread ones or N of a fixed stride (default: 100; mar-tiny ddim25)")
     add("--vae", help="which decoder (default: the model's own; digits, sd-ema, sd-mse, kl16)")
     add("--vae-ckpt", metavar="FILE", help="its weights, instead of the registry's")
     add("--out", default="out/sample", metavar="DIR", help="default: %(default)s")
@@ -129,6 +129,7 @@ def main():
     vae = load_vae(vae_name, args.vae_ckpt, device, getattr(torch, args.dtype))
     if vae.config["latent"] != net.channels:
         fail(f"--vae {vae_name} decodes {vae.config['latent']} channels, {config['name']} makes {net.channels}")
+    torch.backends.cuda.matmul.allow_tf32 = True  # as the DiT release samples; no effect on the CPU
     autocast = torch.autocast(device.type, getattr(torch, args.dtype), enabled=args.dtype != "float32")
 
     out = Path(args.out)
@@ -145,8 +146,9 @@ def main():
     images = np.lib.format.open_memmap(scratch, "r+")
     progress = Progress("sample", args.num * options["steps"] // world_size(), "image steps")
     started, done = time.time(), 0
-    for start in range(rank() * args.batch_size, args.num, world_size() * args.batch_size):
-        stop = min(start + args.batch_size, args.num)
+    first, last = (args.num * r // world_size() for r in (rank(), rank() + 1))  # equal shares: nobody waits long for the others
+    for start in range(first, last, args.batch_size):
+        stop = min(start + args.batch_size, last)
         on_step = lambda step, total: progress.update(done + (stop - start) * step * options["steps"] // total)
         images[start:stop] = sample_images(net, vae, labels[start:stop], start, options, args.seed, device, autocast, on_step)
         done += (stop - start) * options["steps"]

@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from scipy.linalg import sqrtm
 
 import distill
@@ -512,6 +512,18 @@ def test_arguments_beside_the_weights_are_read_but_code_is_not(tmp_path, capsys)
     assert "nothing was loaded" in capsys.readouterr().err and not (tmp_path / "exploded").exists()
 
 
+def test_what_other_people_store_beside_their_weights(tmp_path):
+    """numpy scalars and Parameters in a torch file; a `config` that is not ours, and masks, in .safetensors."""
+    torch.save(dict(ema={"w": torch.nn.Parameter(torch.ones(2))}, loss=np.float64(0.1), best=np.float32(0.2), n=np.int64(3)), tmp_path / "a.pt")
+    state, config = model.read_state(tmp_path / "a.pt")
+    assert config is None and not state["w"].requires_grad and not isinstance(state["w"], torch.nn.Parameter)
+    for other in ("sd_v1", '{"model_type": "vae"}'):
+        header = json.dumps({"__metadata__": {"config": other}, "m": dict(dtype="BOOL", shape=[3], data_offsets=[0, 3])}).encode()
+        (tmp_path / "b.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + b"\1\0\1")
+        state, config = model.read_state(tmp_path / "b.safetensors")
+        assert config is None and state["m"].tolist() == [True, False, True]
+
+
 def test_safetensors_round_trip(tmp_path):
     state = {"a.weight": torch.randn(3, 5), "b": torch.randn(7).half(), "c": torch.randn(2, 2).bfloat16(), "n": torch.arange(3)}
     model.write_safetensors(tmp_path / "w.safetensors", state, dict(name="dit-tiny"))
@@ -572,6 +584,10 @@ def server(tmp_path):
             if self.path == "/missing":
                 return self.send_error(404)
             start = int(wish[6:-1]) if wish and state["ranges"] else 0
+            if start >= len(data):
+                self.send_response(416)
+                self.send_header("Content-Range", f"bytes */{len(data)}")
+                return self.end_headers()
             self.send_response(206 if start else 200)
             self.send_header("Content-Length", str(len(data) - start))
             self.end_headers()
@@ -602,6 +618,23 @@ def test_download_from_a_server_without_ranges(server, tmp_path):
     url, data, state = server
     state.update(ranges=False, breaks=1)
     assert model.download(f"{url}/w", tmp_path / "w.pt").read_bytes() == data
+
+
+@pytest.mark.parametrize("stale, requests", [(0, 1), (100, 2)])
+def test_a_part_that_is_complete_is_taken_and_one_that_is_too_long_is_not(stale, requests, server, tmp_path):
+    url, data, state = server
+    state["breaks"] = 0
+    (tmp_path / f"w.pt.{socket.gethostname()}.part").write_bytes(data + bytes(stale))
+    assert model.download(f"{url}/w", tmp_path / "w.pt").read_bytes() == data
+    assert len(state["requests"]) == requests and [p.name for p in tmp_path.iterdir()] == ["w.pt"]
+
+
+def test_two_programs_may_want_the_same_file(server, tmp_path):
+    url, data, state = server
+    both = [threading.Thread(target=model.download, args=(f"{url}/w", tmp_path / "w.pt")) for _ in range(2)]
+    [t.start() for t in both]
+    [t.join() for t in both]
+    assert (tmp_path / "w.pt").read_bytes() == data and [p.name for p in tmp_path.iterdir()] == ["w.pt"]
 
 
 def test_download_refuses_what_is_wrong(server, tmp_path, capsys):
@@ -798,6 +831,24 @@ def test_extract_modes_of_images(tmp_path):
             to_pixels(bad, 64, 3)
 
 
+def test_extract_turns_images_upright(tmp_path):
+    """All eight orientations, as Pillow itself turns them; an EXIF field that Pillow cannot write again does not matter."""
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 30, 3), np.uint8))
+    for orientation in range(1, 9):
+        exif = image.getexif()
+        exif[0x0112] = orientation
+        image.save(tmp_path / "turned.png", exif=exif)
+        with Image.open(tmp_path / "turned.png") as opened:
+            want = np.asarray(ImageOps.exif_transpose(opened))
+            assert np.array_equal(np.asarray(extract_latents.upright(opened)), want), orientation
+    odd = b"Exif\0\0II*\0\x08\0\0\0\x02\0" + bytes.fromhex("00010200020000006162000012010300010000000600000000000000")  # width as text
+    image.save(tmp_path / "odd.jpg", exif=odd)
+    with Image.open(tmp_path / "odd.jpg") as opened:
+        assert extract_latents.upright(opened).size == (20, 30)
+        with pytest.raises(Exception):
+            ImageOps.exif_transpose(opened)
+
+
 def test_extract_folder_order_and_unreadable_images(tmp_path, monkeypatch, capsys):
     images, labels, _ = read_npz(DIGITS)
     data, order = tmp_path / "data", []
@@ -944,7 +995,9 @@ def test_extract_mistakes(tmp_path, monkeypatch, capsys, digits60):
     assert "no class folders" in wrong("--data", tmp_path / "empty")
     assert "--image-size 30" in wrong("--image-size", 30)
     assert "--batch-size" in wrong("--batch-size", 0)
-    assert "--ckpt" in wrong("--vae", "kl16", "--ckpt", DIGITS_VAE)
+    assert "or --vae digits" in wrong("--vae", "kl16", "--ckpt", DIGITS_VAE)
+    torch.save(dict(ema=build_model("dit-tiny").state_dict()), tmp_path / "dit.pt")
+    assert "holds dit-tiny" in wrong("--vae", "kl16", "--ckpt", tmp_path / "dit.pt")
     assert not out.exists()
     (tmp_path / "file").write_text("")
     assert "cannot write" in fails(capsys, monkeypatch, "--data", digits60, "--out", tmp_path / "file" / "sub")
@@ -962,6 +1015,20 @@ def test_extract_one_run_at_a_time(tmp_path, monkeypatch, capsys, digits60):
     assert "another run" in fails(capsys, monkeypatch, "--data", digits60, "--out", out)
     os.close(folder)
     assert run_extract(monkeypatch, "--data", digits60, "--out", out) == 0
+
+
+def test_extract_counts_what_it_will_replace_as_free(tmp_path, monkeypatch, capsys, digits60):
+    out = tmp_path / "out"
+    assert run_extract(monkeypatch, "--data", digits60, "--out", out) == 0
+    usage = extract_latents.shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(extract_latents.shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    assert run_extract(monkeypatch, "--data", digits60, "--out", out, "--resume", "never") == 0
+
+
+def test_extract_refuses_latents_that_are_not_finite(tmp_path, monkeypatch, capsys, digits60):
+    encode = extract_latents.encode_pixels
+    monkeypatch.setattr(extract_latents, "encode_pixels", lambda *args: encode(*args) * np.float16("inf"))
+    assert "not finite" in fails(capsys, monkeypatch, "--data", digits60, "--out", tmp_path / "out")
 
 
 def test_extract_disk_full_midway(tmp_path, monkeypatch, capsys, digits60):
@@ -1322,7 +1389,7 @@ def flat(tree, prefix=""):
 
 
 def test_two_ranks_follow_one(latents, teachers, tmp_path):
-    """Two ranks with half of the batch each, and one rank in two accumulation steps: the same losses to float tolerance.
+    """Two ranks with half of the batch each, and one rank in three accumulation steps (5 + 5 + 6 rows): the same losses to float tolerance.
 
     Every stage and family, in one launch of two ranks. MAR's dropout, the one thing seeded per rank, is off.
     """
@@ -1336,7 +1403,7 @@ def test_two_ranks_follow_one(latents, teachers, tmp_path):
     jobs = [(stage, name) for stage in STAGES for name in FAMILIES]
     for stage, name in jobs:
         run(STAGES[stage][0], *flags(stage, name, "one"))
-        run(STAGES[stage][0], *flags(stage, name, "halves"), "--accumulate", 2)
+        run(STAGES[stage][0], *flags(stage, name, "thirds"), "--accumulate", 3)
     driver = tmp_path / "driver.py"
     driver.write_text(f"""
 import importlib, json, sys
@@ -1349,13 +1416,14 @@ importlib.import_module("model").end_ranks()
     done = launch(driver, json.dumps([(stage, flags(stage, name, "two")) for stage, name in jobs]), ranks=2)
     assert done.returncode == 0, done.stderr
     for stage, name in jobs:
-        one, halves, two = (log_of(tmp_path / k / f"{stage}-{name}") for k in ("one", "halves", "two"))
-        for line, other, third in zip(one, halves, two):
+        one, thirds, two = (log_of(tmp_path / k / f"{stage}-{name}") for k in ("one", "thirds", "two"))
+        for line, other, third in zip(one, thirds, two):
             for key in ("loss", "grad_norm"):
                 assert line[key] == pytest.approx(other[key], rel=4e-4) == pytest.approx(third[key], rel=4e-4), (stage, name, key)
 
 
-def test_sigterm_saves_and_two_ranks_take_over(latents, teachers, tmp_path):
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_saves_and_two_ranks_take_over(sent, latents, teachers, tmp_path):
     """Pre-emption: a signal saves and exits with 0; two ranks continue and follow the losses of one that was left alone."""
     flags = stage_flags("distill", "dit-tiny", latents, teachers, tmp_path / "stopped")
     flags[flags.index("--steps") + 1], flags[flags.index("--save-every") + 1] = 40, 1000
@@ -1363,7 +1431,7 @@ def test_sigterm_saves_and_two_ranks_take_over(latents, teachers, tmp_path):
     while not (tmp_path / "stopped/log.jsonl").exists() or len(log_of(tmp_path / "stopped")) < 5:
         time.sleep(0.02)
         assert process.poll() is None
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(sent)
     out, _ = process.communicate(timeout=60)
     assert process.returncode == 0 and "continue with --resume auto" in out
     step = torch.load(max((tmp_path / "stopped").glob("step-*.pt")), weights_only=True)["step"]
@@ -1423,12 +1491,33 @@ def test_only_the_newest_checkpoints_are_kept_and_a_new_run_starts_clean(latents
     assert sorted(p.name for p in tmp_path.glob("step-*")) == ["step-00000001.pt", "step-00000002.pt"] and len(log_of(tmp_path)) == 2
 
 
+def test_an_unfinished_run_is_not_overwritten_by_accident(latents, teachers, tmp_path, capsys):
+    flags = stage_flags("distill", "dit-tiny", latents, teachers, tmp_path)
+    run(distill, *flags)
+    (tmp_path / "step-00000006.pt").unlink()
+    assert "--resume auto to go on, or --resume never" in user_error(capsys, distill, *flags)
+    assert len(list(tmp_path.glob("step-*.pt"))) == 5
+    run(distill, *flags, "--resume", "never")
+    assert len(log_of(tmp_path)) == 6
+
+
+def test_a_damaged_newest_checkpoint_is_passed_over(latents, teachers, tmp_path, capsys):
+    flags = stage_flags("distill", "dit-tiny", latents, teachers, tmp_path)
+    run(distill, *flags)
+    want = torch.load(tmp_path / "step-00000006.pt", weights_only=True)
+    for step, content in (6, b""), (5, b"PK torn"):
+        (tmp_path / f"step-0000000{step}.pt").write_bytes(content)
+    run(distill, *flags, "--resume", "auto")
+    assert "step-00000005.pt is passed over" in capsys.readouterr().err
+    assert same_weights(torch.load(tmp_path / "step-00000006.pt", weights_only=True)["model"], want["model"])
+
+
 def test_mistakes_get_one_sentence(latents, teachers, tmp_path, capsys):
     flags = stage_flags("distill", "dit-tiny", latents, teachers, tmp_path)
     without = lambda flag, *value: [*flags[: flags.index(flag)], *([flag, *value] if value else []), *flags[flags.index(flag) + 2 :]]
     assert "does not exist" in user_error(capsys, distill, *without("--student", tmp_path / "none.pt"))
     assert "holds no latents" in user_error(capsys, distill, *without("--latents", tmp_path / "none"))
-    assert "not divisible" in user_error(capsys, distill, *without("--batch-size", 15), "--accumulate", 2)
+    assert "too small for" in user_error(capsys, distill, *without("--batch-size", 1), "--accumulate", 2)
     assert "larger than the data set" in user_error(capsys, distill, *without("--batch-size", 512))
     assert "no model is called" in user_error(capsys, distill, *without("--student"), "--mode", "scratch", "--model", "dit-huge")
     (tmp_path / "file").write_text("")
@@ -1465,14 +1554,15 @@ def test_two_machines_follow_one(latents, teachers, tmp_path):
 
 
 def test_torchruns_restart_resumes_by_itself(latents, teachers, tmp_path, monkeypatch):
-    """torchrun --max-restarts starts the same command again and counts: no --resume is needed."""
+    """torchrun --max-restarts starts the same command again, after a node has joined with the count of restarts at 0: no --resume is needed."""
     flags = stage_flags("distill", "dit-tiny", latents, teachers, tmp_path)
     run(distill, *flags)
     want, lines = weights_of(tmp_path / "student.pt", "ema"), log_of(tmp_path)
     for later in (4, 5, 6):
         (tmp_path / f"step-0000000{later}.pt").unlink()
     started = (tmp_path / "step-00000003.pt").stat().st_mtime_ns
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
     run(distill, *flags)
     assert (tmp_path / "step-00000003.pt").stat().st_mtime_ns == started  # not written again
     assert same_weights(weights_of(tmp_path / "student.pt", "ema"), want) and len(log_of(tmp_path)) == len(lines)
@@ -1528,11 +1618,12 @@ def test_sampling_mistakes_get_one_sentence(teachers, tmp_path, capsys):
     assert "does not apply" in user_error(capsys, sample, *flags, "--sampler", "ode-heun")
     assert "2 to 1000" in user_error(capsys, sample, *flags, "--steps", 1)
     assert "classes 0 to 9" in user_error(capsys, sample, *flags, "--classes", "3,11")
+    assert "50 or ddim50" in user_error(capsys, sample, "--ckpt", teachers / "mar-tiny.pt", "--out", tmp_path, "--num-images", 2, "--token-steps", "ten")
     assert "holds dit-tiny" in user_error(capsys, sample, *flags, "--model", "sit-tiny")
     assert ".safetensors or .pt" in user_error(capsys, sample, *flags, "--export", tmp_path / "w.bin")
 
 
-@pytest.mark.parametrize("name", ["dit-tiny", "sit-tiny"])
+@pytest.mark.parametrize("name", ["dit-tiny", "sit-tiny", "mar-tiny"])
 def test_bundled_weights_draw_the_digit_asked_for(name, tmp_path):
     """50 samples in 32 steps, judged by the digit classifier; the README measures 1,000."""
     run(sample, "--model", name, "--num-images", 50, "--steps", 32, "--out", tmp_path)

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Every stage on the bundled digits: cut a teacher to half its depth, recover it, measure teacher, cut and student.
-#   bash reproduce/demo.sh [dit-tiny|sit-tiny]
+#   bash reproduce/demo.sh [dit-tiny|sit-tiny|mar-tiny]
 set -euo pipefail
 cd "$(dirname "$0")/.."
 model=${1:-dit-tiny}
@@ -9,8 +9,8 @@ out=out
 SECONDS=0
 
 python extract_latents.py
-python prune.py --model "$model" --out "$out/prune"
-python distill.py --student "$out/prune/shallow.pt" --out "$out/distill"
+python prune.py --model "$model" --out "$out/prune" --resume never
+python distill.py --student "$out/prune/shallow.pt" --out "$out/distill" --resume never
 python sample.py --model "$model" --out "$out/sample-teacher"
 python sample.py --ckpt "$out/prune/shallow.pt" --out "$out/sample-cut"
 python sample.py --ckpt "$out/distill/student.pt" --out "$out/sample"

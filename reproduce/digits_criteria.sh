@@ -8,8 +8,8 @@ rows=()
 for cut in "learned 0" "random 0" "random 1" "random 2"; do
     read -r criterion seed <<< "$cut"
     out=out/criteria/$criterion-$seed
-    python prune.py --criterion "$criterion" --seed "$seed" --out "$out/prune"
-    python distill.py --student "$out/prune/shallow.pt" --out "$out/distill"
+    python prune.py --criterion "$criterion" --seed "$seed" --out "$out/prune" --resume never
+    python distill.py --student "$out/prune/shallow.pt" --out "$out/distill" --resume never
     python sample.py --ckpt "$out/distill/student.pt" --out "$out/sample"
     python fid.py "$out/sample/samples.npz" --json "$out/sample/fid.json" > /dev/null
     rows+=("$criterion-$seed=$out/sample")

@@ -6,7 +6,7 @@ cd "$(dirname "$0")/.."
 rows=()
 for mode in masked-kd kd output-kd finetune; do
     out=out/recovery/$mode
-    python distill.py --mode "$mode" --out "$out"
+    python distill.py --mode "$mode" --out "$out" --resume never
     python sample.py --ckpt "$out/student.pt" --out "$out/sample"
     python fid.py "$out/sample/samples.npz" --json "$out/sample/fid.json" > /dev/null
     rows+=("$mode=$out/sample")
