@@ -1273,9 +1273,13 @@ def test_lora_starts_as_no_change_and_moves_only_itself(latents, teachers):
     before = net.objective().predict(net, batch)
     delta = prune.add_delta_w(net, "lora", 8)
     assert torch.equal(net.objective().predict(net, batch), before)
-    linears = sum(isinstance(m, prune.LoRALinear) for m in net.modules())
+    layers = [m for m in net.modules() if isinstance(m, prune.LoRALinear)]
+    linears, (layer, x) = len(layers), (layers[0], torch.randn(5, layers[0].linear.in_features))
     with torch.no_grad():
         delta[1].fill_(0.01)
+        layer.lora_b.normal_()
+        weight = layer.linear.weight + 16 / 8 * layer.lora_b @ layer.lora_a  # alpha is 2 r
+        torch.testing.assert_close(layer(x), torch.nn.functional.linear(x, weight, layer.linear.bias), atol=1e-4, rtol=1e-4)
     assert not torch.equal(net.objective().predict(net, batch), before)
     assert linears == 4 * 5 + 4 and len(delta) == 2 * linears  # qkv, proj, fc1, fc2, adaLN a block; two of t_embedder, two of the final layer
     assert prune.add_delta_w(net, "frozen", 8) == []
