@@ -877,7 +877,7 @@ MODELS |= {
 # Instead of the objective's defaults. mar-tiny draws tokens in strides of 40, from t = 960 on: at t = 999 of the cosine schedule the
 # predicted x_0 holds the network's error times 20,000. A few thousand steps of training do not make that small: samples would diverge.
 SMALL_SAMPLING = {
-    "dit-tiny": dict(steps=64, guidance_channels=4), "sit-tiny": dict(steps=64, guidance_channels=4), "mar-tiny": dict(steps=8, guidance=4.0, token_steps="ddim25"),
+    "dit-tiny": dict(steps=64, guidance_channels=4), "sit-tiny": dict(steps=64, guidance_channels=4), "mar-tiny": dict(steps=8, token_steps="ddim25"),
 }
 
 WEIGHTS = {  # name: (file under weights/, URL, bytes or None, sha256 or None)

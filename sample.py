@@ -88,7 +88,7 @@ def parse_arguments():
     add("--classes", metavar="I,J,...", help="only these class indices (default: all in turn)")
     add("--steps", type=int, metavar="N", help="sampling steps (default: 250, MAR 64 rounds; digits 64, mar-tiny 8)")
     add("--sampler", help="DiT: ddpm (default), ddim; SiT: sde-euler (default), sde-heun, ode-euler, ode-heun, ode-dopri5; MAR: mar")
-    add("--guidance", type=float, metavar="SCALE", help="classifier-free guidance scale, 1 is none (default: 1.5, MAR 3, mar-tiny 4)")
+    add("--guidance", type=float, metavar="SCALE", help="classifier-free guidance scale, 1 is none (default: 1.5, MAR 3)")
     add("--guidance-channels", type=int, metavar="C", help="DiT, SiT: latent channels that are guided (default: 3 of 4, as in the releases)")
     add("--guidance-schedule", choices=["linear", "constant"], help="MAR: over the rounds (default: linear)")
     add("--diffusion-form", choices=["sigma", "SBDM", "constant", "linear", "decreasing", "increasing-decreasing"], help="SiT SDE: how much noise when (default: sigma)")
