@@ -676,17 +676,22 @@ class Latents:
         return len(self.rows)
 
     def batch(self, rows, noise, device):
-        """-> x (B, C, H, W) float32, drawn from the posterior and scaled; y (B,). noise: a RowNoise of len(rows) rows."""
-        device = torch.device(device)
-        order = np.argsort(rows)  # the disk is read in one sweep; `place` puts the rows back in order on the device
-        place = torch.from_numpy(np.argsort(order)).to(device)
-        moments = torch.empty((len(rows), *self.moments.shape[1:]), dtype=torch.float16, pin_memory=device.type == "cuda")
-        np.take(self.moments, self.rows[rows][order], axis=0, out=moments.numpy(), mode="clip")
-        moments = moments.to(device, non_blocking=True)
-        eps = noise.normal(*self.shape)
-        flip = (noise.uniform() < 0.5).long() if moments.shape[1] == 2 else 0
-        mean, std = moments[place, flip].float().chunk(2, dim=1)
-        return (mean + std * eps) * self.scale, torch.from_numpy(self.labels[rows]).to(device)
+        """-> x (B, C, H, W) float32, drawn from the posterior and scaled; y (B,). noise: a RowNoise of len(rows) rows.
+
+        The posterior's noise is drawn on the device. Which images are mirrored is drawn here, so that one of the two is read.
+        """
+        device, flips = torch.device(device), self.moments.shape[1]
+        mirrored = noise.host.random(noise.block)[noise.rows] < 0.5 if flips == 2 else 0
+        moments = self.read(flips * self.rows[rows] + mirrored, device.type == "cuda").to(device, non_blocking=True)
+        mean, std = moments.float().chunk(2, dim=1)
+        x = noise.normal(*self.shape).mul_(std).add_(mean).mul_(self.scale)
+        return x, torch.from_numpy(self.labels[rows]).to(device)
+
+    def read(self, places, pin=False):
+        """Moments (B, 2C, H, W) float16; place `flips * row` is the image of that row, the next one its mirror image."""
+        out = torch.empty((len(places), *self.moments.shape[2:]), dtype=torch.float16, pin_memory=pin)
+        np.take(self.moments.reshape(-1, *self.moments.shape[2:]), places, axis=0, out=out.numpy(), mode="clip")  # clip: numpy's unbuffered way
+        return out
 
 
 def epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
