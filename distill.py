@@ -150,6 +150,7 @@ class Run:
         self.bad = torch.zeros((), device=device)  # steps in a row whose gradient was not finite
         self.sums, self.count = {}, 0
         self.saved = self.find_checkpoint()
+        barrier()  # all have read what rank 0 may now delete
         if rank() == 0:
             self.open_log()
         barrier()
@@ -160,9 +161,14 @@ class Run:
     def find_checkpoint(self):
         """The checkpoint that --resume asks for, or None. Rank 0 looks, so that all ranks take the same one.
 
-        torchrun --max-restarts N means `auto`. (Its count of restarts is no guide: it is 0 again when a node joins.)
+        torchrun --max-restarts N means `auto`. (Its count of restarts alone is no guide: it stays as it is when a node joins.)
         """
-        wish = self.args.resume or ("auto" if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) else None)
+        wish = self.args.resume
+        if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):
+            if wish == "never":
+                fail("with --resume never, each of torchrun's --max-restarts would start anew; choose another --out instead")
+            if wish is None or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
+                wish = "auto"
         if wish == "never":
             return None
         path = self.newest() if wish in ("auto", None) else Path(wish)
@@ -182,7 +188,7 @@ class Run:
         return saved
 
     def newest(self):
-        """The newest step-*.pt that can be read, by rank 0's account, or None."""
+        """The newest step-*.pt that can be read, by rank 0's account; None if there is none at all."""
         found = [None]
         if rank() == 0:
             for path in sorted(self.out.glob("step-[0-9]*.pt"), reverse=True):
@@ -192,8 +198,13 @@ class Run:
                     break
                 except SystemExit:  # read_torch has said why
                     print(f"{path} is passed over", file=sys.stderr)
+            else:
+                if any(self.out.glob("step-[0-9]*.pt")):
+                    found = ["damaged"]
         if world_size() > 1:
             dist.broadcast_object_list(found)
+        if found[0] == "damaged":
+            fail(f"no step-*.pt in {self.out} can be read; mend that, or choose another --out")
         return found[0]
 
     def open_log(self):

@@ -566,7 +566,7 @@ def encode_chunks(vae, dataset, todo, out, meta, args, device):
             fail(f"none of {len(labels)} images in a row can be read, the first is {problems[0]}; is the disk all right?")
         moments = encode_pixels(vae, pixels.to(device, non_blocking=True), meta["flips"])
         if not np.isfinite(moments).all():
-            fail(f"the VAE's output for the images from {dataset.name(i * meta['chunk'])} on is not finite; start again with --dtype float32, what is done is kept")
+            fail(f"the VAE's output for the images from {dataset.name(i * meta['chunk'])} on is not finite in {meta['dtype']} or beyond float16; try --dtype float32 with --resume never, and mind the images' values")
         row = i * meta["chunk"]
         try:
             write_at(files["moments"], moments.tobytes(), starts["moments"] + row * row_bytes)
@@ -678,7 +678,8 @@ class Latents:
     def batch(self, rows, noise, device):
         """-> x (B, C, H, W) float32, drawn from the posterior and scaled; y (B,). noise: a RowNoise of len(rows) rows.
 
-        The posterior's noise is drawn on the device. Which images are mirrored is drawn here, so that one of the two is read.
+        The posterior's noise is drawn on the device. Which images are mirrored is drawn here, so that one of the two is read;
+        the rows of `noise` lie in one block, as in training.
         """
         device, flips = torch.device(device), self.moments.shape[1]
         mirrored = noise.host.random(noise.block)[noise.rows] < 0.5 if flips == 2 else 0

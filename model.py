@@ -961,9 +961,10 @@ def read_state(path, prefer: str = "ema"):
     return state, config
 
 
-# What releases store beside their weights: arguments, and losses as numpy scalars (whose pickles of numpy 1 and 2 differ in name).
+# What releases store beside their weights: arguments, and numbers of numpy, whose maker has another name in numpy 1 than in 2.
+MAKE_SCALAR = np.float64(0).__reduce__()[0]
 HARMLESS = [argparse.Namespace, np.dtype, np.dtypes.Float64DType, np.dtypes.Float32DType, np.dtypes.Int64DType,
-            (np._core.multiarray.scalar, "numpy.core.multiarray.scalar"), (np._core.multiarray.scalar, "numpy._core.multiarray.scalar")]
+            (MAKE_SCALAR, "numpy.core.multiarray.scalar"), (MAKE_SCALAR, "numpy._core.multiarray.scalar")]
 
 
 def read_torch(path) -> dict:
@@ -1002,10 +1003,13 @@ def read_safetensors(path):
             piece, dtype = data[start:end], SAFETENSORS_TYPES[v["dtype"]]
             aligned = piece if piece.data_ptr() % dtype.itemsize == 0 else piece.clone()
             state[k] = aligned.view(dtype).view(v["shape"])
-        config = json.loads(metadata["config"]) if metadata.get("config", "").startswith("{") else {}
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, OverflowError, struct.error) as e:
         fail(f"{path} is not a complete .safetensors file ({str(e).splitlines()[0][:80]})")
-    return state, config if "name" in config else None  # other people's files may hold another `config`
+    try:
+        config = json.loads(metadata["config"])
+        return state, config if isinstance(config, dict) and "name" in config else None
+    except (KeyError, ValueError):  # other people's files may hold another `config`, or none
+        return state, None
 
 
 def write_safetensors(path, state: dict, config: dict):
@@ -1096,9 +1100,14 @@ def download(url: str, path: Path, size: int = None, sha256: str = None, tries: 
     """Fetches url to path once: rank 0 of each machine loads, the others wait. A broken transfer continues where it broke."""
     if not path.exists() and int(os.environ.get("LOCAL_RANK", 0)) == 0:
         part = path.with_name(f"{path.name}.{socket.gethostname()}.part")  # machines may share the folder
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(part, "ab") as f:
-            fcntl.flock(f, fcntl.LOCK_EX)  # another program on this machine may want the same file
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            f = open(part, "ab")
+        except OSError as e:
+            fail(f"cannot write {part} ({e.strerror}); fetch {url} by other means and put it at {path}")
+        with f:
+            with contextlib.suppress(OSError):  # some network file systems have no locks
+                fcntl.flock(f, fcntl.LOCK_EX)  # another program on this machine may want the same file
             if path.exists():
                 part.unlink(missing_ok=True)
                 return path

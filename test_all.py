@@ -517,7 +517,7 @@ def test_what_other_people_store_beside_their_weights(tmp_path):
     torch.save(dict(ema={"w": torch.nn.Parameter(torch.ones(2))}, loss=np.float64(0.1), best=np.float32(0.2), n=np.int64(3)), tmp_path / "a.pt")
     state, config = model.read_state(tmp_path / "a.pt")
     assert config is None and not state["w"].requires_grad and not isinstance(state["w"], torch.nn.Parameter)
-    for other in ("sd_v1", '{"model_type": "vae"}'):
+    for other in ("sd_v1", '{"model_type": "vae"}', "{'a': 1}"):
         header = json.dumps({"__metadata__": {"config": other}, "m": dict(dtype="BOOL", shape=[3], data_offsets=[0, 3])}).encode()
         (tmp_path / "b.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + b"\1\0\1")
         state, config = model.read_state(tmp_path / "b.safetensors")
@@ -1514,6 +1514,11 @@ def test_a_damaged_newest_checkpoint_is_passed_over(latents, teachers, tmp_path,
     run(distill, *flags, "--resume", "auto")
     assert "step-00000005.pt is passed over" in capsys.readouterr().err
     assert same_weights(torch.load(tmp_path / "step-00000006.pt", weights_only=True)["model"], want["model"])
+    for path in tmp_path.glob("step-*.pt"):
+        path.write_bytes(b"")
+    with pytest.raises(SystemExit):
+        run(distill, *flags, "--resume", "auto")
+    assert "can be read" in capsys.readouterr().err and list(tmp_path.glob("step-*.pt"))
 
 
 def test_mistakes_get_one_sentence(latents, teachers, tmp_path, capsys):
@@ -1578,7 +1583,7 @@ def test_torchrun_passes_a_signal_on_and_three_ranks_take_over(latents, teachers
         assert line["loss"] == pytest.approx(other["loss"], rel=1e-3)
 
 
-def test_torchruns_restart_resumes_by_itself(latents, teachers, tmp_path, monkeypatch):
+def test_torchruns_restart_resumes_by_itself(latents, teachers, tmp_path, capsys, monkeypatch):
     """torchrun --max-restarts starts the same command again, after a node has joined with the count of restarts at 0: no --resume is needed."""
     flags = stage_flags("distill", "dit-tiny", latents, teachers, tmp_path)
     run(distill, *flags)
@@ -1589,6 +1594,7 @@ def test_torchruns_restart_resumes_by_itself(latents, teachers, tmp_path, monkey
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
     monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
     run(distill, *flags)
+    assert "would start anew" in user_error(capsys, distill, *flags, "--resume", "never")
     assert (tmp_path / "step-00000003.pt").stat().st_mtime_ns == started  # not written again
     assert same_weights(weights_of(tmp_path / "student.pt", "ema"), want) and len(log_of(tmp_path)) == len(lines)
 
