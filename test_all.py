@@ -1427,26 +1427,39 @@ importlib.import_module("model").end_ranks()
                 assert line[key] == pytest.approx(other[key], rel=4e-4) == pytest.approx(third[key], rel=4e-4), (stage, name, key)
 
 
-def test_a_signal_saves_and_two_ranks_take_over(latents, teachers, tmp_path):
-    """Pre-emption: a signal saves and exits with 0; two ranks continue and follow the losses of one that was left alone."""
-    flags = stage_flags("distill", "dit-tiny", latents, teachers, tmp_path / "stopped")
-    flags[flags.index("--steps") + 1], flags[flags.index("--save-every") + 1] = 40, 1000
-    process = subprocess.Popen([sys.executable, distill.__file__, *map(str, flags)], stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    while not (tmp_path / "stopped/log.jsonl").exists() or len(log_of(tmp_path / "stopped")) < 5:
+def stop_and_take_over(start, sent, ranks, latents, teachers, out):
+    """start(flags) -> a process, which gets the signal `sent`; `ranks` ranks continue and follow the losses of one rank that was left alone."""
+    flags = stage_flags("distill", "dit-tiny", latents, teachers, out / "stopped")
+    flags[flags.index("--steps") + 1], flags[flags.index("--save-every") + 1] = 200, 1000
+    process = start(flags)
+    while not (out / "stopped/log.jsonl").exists() or len(log_of(out / "stopped")) < 5:
         time.sleep(0.02)
         assert process.poll() is None
-    process.send_signal(signal.SIGTERM)
-    out, _ = process.communicate(timeout=60)
-    assert process.returncode == 0 and "continue with --resume auto" in out
-    step = torch.load(max((tmp_path / "stopped").glob("step-*.pt")), weights_only=True)["step"]
-    assert 5 <= step < 40 and not (tmp_path / "stopped/student.pt").exists()
-    done = launch(distill.__file__, *flags, "--resume", "auto", ranks=2)
+    process.send_signal(sent)
+    said, _ = process.communicate(timeout=100)
+    step = torch.load(max((out / "stopped").glob("step-*.pt")), weights_only=True)["step"]
+    assert 5 <= step < 200 and not (out / "stopped/student.pt").exists()
+    done = launch(distill.__file__, *flags, "--resume", "auto", ranks=ranks)
     assert done.returncode == 0, done.stderr
-    run(distill, *flags, "--out", tmp_path / "whole")
-    got, want = log_of(tmp_path / "stopped"), log_of(tmp_path / "whole")
-    assert [line["step"] for line in got] == list(range(1, 41))
+    run(distill, *flags, "--out", out / "whole")
+    got, want = log_of(out / "stopped"), log_of(out / "whole")
+    assert [line["step"] for line in got] == list(range(1, 201))
     for line, other in zip(got, want):
         assert line["loss"] == pytest.approx(other["loss"], rel=1e-3)
+    return process.returncode, said
+
+
+def test_a_signal_saves_and_two_ranks_take_over(latents, teachers, tmp_path):
+    """Pre-emption: a signal saves and exits with 0."""
+    alone = lambda flags: subprocess.Popen([sys.executable, distill.__file__, *map(str, flags)], stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    code, said = stop_and_take_over(alone, signal.SIGTERM, 2, latents, teachers, tmp_path)
+    assert code == 0 and "continue with --resume auto" in said
+
+
+def test_torchrun_passes_a_signal_on_and_three_ranks_take_over(latents, teachers, tmp_path):
+    """SIGUSR1 to the agent of two ranks; the three that go on do not divide the batch of 16."""
+    agent = lambda flags: torchrun(["--nproc_per_node=2", "--signals-to-handle=SIGTERM,SIGINT,SIGUSR1"], flags, script=distill.__file__)[0]
+    stop_and_take_over(agent, signal.SIGUSR1, 3, latents, teachers, tmp_path)
 
 
 def test_a_step_that_is_not_finite_is_skipped_and_twenty_in_a_row_stop_the_run(latents, teachers, tmp_path, capsys, monkeypatch):
@@ -1560,27 +1573,6 @@ def test_two_machines_follow_one(latents, teachers, tmp_path):
     assert [agent.returncode for agent in agents] == [0, 0], errors
     for line, other in zip(log_of(tmp_path / "one"), log_of(tmp_path / "two")):
         assert line["loss"] == pytest.approx(other["loss"], rel=2e-4)
-
-
-def test_torchrun_passes_a_signal_on_and_three_ranks_take_over(latents, teachers, tmp_path):
-    """SIGUSR1 to the agent of two ranks; three ranks, which do not divide the batch of 16, follow the losses of one that was left alone."""
-    flags = stage_flags("distill", "dit-tiny", latents, teachers, tmp_path / "stopped")
-    flags[flags.index("--steps") + 1], flags[flags.index("--save-every") + 1] = 200, 1000
-    [agent] = torchrun(["--nproc_per_node=2", "--signals-to-handle=SIGTERM,SIGINT,SIGUSR1"], flags, script=distill.__file__)
-    while not (tmp_path / "stopped/log.jsonl").exists() or len(log_of(tmp_path / "stopped")) < 5:
-        time.sleep(0.02)
-        assert agent.poll() is None
-    agent.send_signal(signal.SIGUSR1)
-    agent.communicate(timeout=100)
-    step = torch.load(max((tmp_path / "stopped").glob("step-*.pt")), weights_only=True)["step"]
-    assert 5 <= step < 200 and not (tmp_path / "stopped/student.pt").exists()
-    done = launch(distill.__file__, *flags, "--resume", "auto", ranks=3)
-    assert done.returncode == 0, done.stderr
-    run(distill, *flags, "--out", tmp_path / "whole")
-    got, want = log_of(tmp_path / "stopped"), log_of(tmp_path / "whole")
-    assert [line["step"] for line in got] == list(range(1, 201))
-    for line, other in zip(got, want):
-        assert line["loss"] == pytest.approx(other["loss"], rel=1e-3)
 
 
 def test_torchruns_restart_resumes_by_itself(latents, teachers, tmp_path, capsys, monkeypatch):
