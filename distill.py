@@ -31,7 +31,7 @@ import torch
 import torch.distributed as dist
 from PIL import Image, ImageDraw
 
-from extract_latents import Latents, epoch_order
+from extract_latents import Latents, epoch_order, on_rank_0
 from model import (MODELS, Progress, RowNoise, barrier, build_model, end_ranks, fail, load_model, load_state, locate, mix, rank, read_state, read_torch,
                    save_checkpoint, start_ranks, world_size, write_whole)
 
@@ -161,17 +161,16 @@ class Run:
     def find_checkpoint(self):
         """The checkpoint that --resume asks for, or None. Rank 0 looks, so that all ranks take the same one.
 
-        torchrun --max-restarts N means `auto`. (Its count of restarts alone is no guide: it stays as it is when a node joins.)
+        torchrun --max-restarts N means `auto`. (Its count of restarts is no guide: it stays as it is when a node joins.)
         """
         wish = self.args.resume
         if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):
-            if wish == "never":
-                fail("with --resume never, each of torchrun's --max-restarts would start anew; choose another --out instead")
-            if wish is None or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
-                wish = "auto"
+            if wish not in (None, "auto"):
+                fail(f"with --resume {wish}, each of torchrun's --max-restarts would start from there again; use --resume auto, or another --out")
+            wish = "auto"
         if wish == "never":
             return None
-        path = self.newest() if wish in ("auto", None) else Path(wish)
+        path = on_rank_0(self.newest) if wish in ("auto", None) else Path(wish)
         if path is None:
             return None
         saved = read_torch(path)
@@ -188,24 +187,16 @@ class Run:
         return saved
 
     def newest(self):
-        """The newest step-*.pt that can be read, by rank 0's account; None if there is none at all."""
-        found = [None]
-        if rank() == 0:
-            for path in sorted(self.out.glob("step-[0-9]*.pt"), reverse=True):
-                try:
-                    read_torch(path)
-                    found = [path]
-                    break
-                except SystemExit:  # read_torch has said why
-                    print(f"{path} is passed over", file=sys.stderr)
-            else:
-                if any(self.out.glob("step-[0-9]*.pt")):
-                    found = ["damaged"]
-        if world_size() > 1:
-            dist.broadcast_object_list(found)
-        if found[0] == "damaged":
+        """The newest step-*.pt that can be read; None if there is none at all."""
+        paths = sorted(self.out.glob("step-[0-9]*.pt"), reverse=True)
+        for path in paths:
+            try:
+                read_torch(path)
+                return path
+            except SystemExit:  # read_torch has said why
+                print(f"{path} is passed over", file=sys.stderr)
+        if paths:
             fail(f"no step-*.pt in {self.out} can be read; mend that, or choose another --out")
-        return found[0]
 
     def open_log(self):
         """A fresh run starts its folder anew; a resumed one drops the log lines that it will write again."""

@@ -121,6 +121,7 @@ class Level(nn.Module):
         self.upsamplers = nn.ModuleList([Upsample(c_out)] if up else [])
 
     def forward(self, x):
+        """(B, c_in, H, W) -> (B, c_out, H, W), at half the side with `down`, twice the side with `up`."""
         for i, resnet in enumerate(self.resnets):
             x = resnet(x)
             if len(self.attentions):

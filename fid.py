@@ -121,6 +121,7 @@ class Mixed(nn.Module):
             self.chains.append((name, chains))
 
     def forward(self, x):
+        """(B, c, H, W) -> the branches' outputs side by side, (B, c', H', W'); a strided pool about halves the side."""
         # Average pools do not count their padding; the last block of the graph max-pools instead (a quirk FID keeps).
         pooled = {"average": lambda: F.avg_pool2d(x, 3, 1, 1, count_include_pad=False),
                   "max": lambda: F.max_pool2d(x, 3, 1, 1), "stride": lambda: F.max_pool2d(x, 3, 2)}[self.pool]()
@@ -193,6 +194,7 @@ class Inception(nn.Module):
         return (tf1_resize(x, 299) - 128) / 128
 
     def forward(self, images):
+        """uint8 images (B, H, W, 1 or 3) -> features (B, 2048) for FID, (B, 2023) for sFID, class probabilities (B, 1008) for the Inception Score."""
         x = self.preprocess(images).contiguous(memory_format=self.layout)
         x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))
         x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(F.max_pool2d(x, 3, 2)))

@@ -233,6 +233,7 @@ class DiT(nn.Module, Prunable):
             nn.init.zeros_(zeroed.bias)
 
     def forward(self, x, t, y):
+        """Noised latents x (B, C, H, W), times t (B,), labels y (B,), of which `classes` is the null label -> (B, 2C, H, W)."""
         x = self.x_embedder(x) + self.pos_embed  # (B, T, D)
         c = self.t_embedder(t) + self.y_embedder(y)  # (B, D)
         for block in self.blocks:

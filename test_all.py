@@ -1586,7 +1586,7 @@ def test_torchruns_restart_resumes_by_itself(latents, teachers, tmp_path, capsys
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
     monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
     run(distill, *flags)
-    assert "would start anew" in user_error(capsys, distill, *flags, "--resume", "never")
+    assert "would start from there again" in user_error(capsys, distill, *flags, "--resume", "never")
     assert (tmp_path / "step-00000003.pt").stat().st_mtime_ns == started  # not written again
     assert same_weights(weights_of(tmp_path / "student.pt", "ema"), want) and len(log_of(tmp_path)) == len(lines)
 
