@@ -1,6 +1,6 @@
 """Every test, in the pipeline's order. `pytest test_all.py` takes some minutes; SLOW=1 adds the full-size networks (12 GB).
 
-Reference values (test_goldens.npz) were computed with the official DiT, SiT, MAR, TinyFusion, VAE and FID code on weights
+Reference values (data/test_goldens.npz) were computed with the official DiT, SiT, MAR, TinyFusion, VAE and FID code on weights
 that `fill` reproduces from the tensors' names. A test states a fact about the method, not that a function returns.
 """
 import argparse
@@ -37,7 +37,7 @@ from model import RowNoise, build_model, load_state
 
 ROOT = Path(__file__).resolve().parent
 CLASSIFIER = ROOT / "weights/digits-classifier.pt"
-GOLDENS = np.load(ROOT / "test_goldens.npz")
+GOLDENS = np.load(ROOT / "data/test_goldens.npz")
 slow = pytest.mark.skipif(not os.environ.get("SLOW"), reason="SLOW=1 runs the full-size networks")
 torch.set_num_threads(1)
 
