@@ -46,7 +46,7 @@ from model import (HALVES, MODELS, Parser, Progress, Stopped, UserError, autocas
 # Groups and their candidate masks.
 
 def parse_scheme(text: str, depths: list) -> list:
-    """ "2:4", or a list "3:4,3:4,2:4", -> [(N, M), ...] over all layers. No group straddles two lists of the network."""
+    """ "2:4", or a list "3:4,3:4,2:4", -> [(N, M), ...] over all layers. A group lies in one list of layers."""
     try:
         scheme = [tuple(int(v) for v in part.split(":")) for part in text.split(",")]
         valid = all(len(g) == 2 and 0 < g[0] <= g[1] for g in scheme)
@@ -58,11 +58,11 @@ def parse_scheme(text: str, depths: list) -> list:
     if len(scheme) == 1:
         m = scheme[0][1]
         if any(depth % m for depth in depths):
-            raise UserError(f"--scheme {text}: groups of {m} do not divide {layers} layers; choose another M, or a list")
+            raise UserError(f"--scheme {text}: groups of {m} do not divide {layers} layers; take another M, or a list")
         return scheme * (sum(depths) // m)
     ends = set(itertools.accumulate(m for _, m in scheme))
     if not set(itertools.accumulate(depths)) <= ends or max(ends) != sum(depths):
-        raise UserError(f"--scheme {text}: the groups cover {max(ends)} layers and must fill {layers} exactly; change it")
+        raise UserError(f"--scheme {text}: the groups cover {max(ends)} layers and must fill {layers}; change it")
     return scheme
 
 def candidate_masks(n: int, m: int) -> torch.Tensor:
@@ -672,8 +672,8 @@ class Run:
         self.sums, self.count, self.notes = {}, 0, {}
         self.write(**line)
         if self.bad.item() >= 20:
-            raise UserError(f"the gradient was not finite for {int(self.bad.item())} steps in a row, up to step {step}; "
-                            "lower --lr or use --dtype float32")
+            raise UserError(f"the gradient was not finite for {int(self.bad.item())} steps, up to step {step}; lower --lr "
+                            "or use --dtype float32")
         return line
 
     def ask_to_stop(self, *_):
@@ -697,13 +697,13 @@ class Run:
     def find_checkpoint(self):
         """The checkpoint that --resume asks for, or None. Rank 0 looks, so that all ranks take the same one.
 
-        torchrun --max-restarts N means `auto`. (Its count of restarts is no guide: it stays the same when a node joins.)
+        torchrun --max-restarts N means `auto`. (Its count of restarts is no guide: it stays when a node joins.)
         """
         wish = self.args.resume
         if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):
             if wish not in (None, "auto"):
-                raise UserError(f"with --resume {wish}, each of torchrun's --max-restarts would start from there again; "
-                                "use --resume auto, or another --out")
+                raise UserError(f"with --resume {wish}, each of torchrun's restarts would start from there again; use "
+                                "--resume auto, or another --out")
             wish = "auto"
         path = None if wish == "never" else on_rank_0(self.newest) if wish in ("auto", None) else Path(wish)
         if path is None:
