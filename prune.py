@@ -672,8 +672,8 @@ class Run:
         self.sums, self.count, self.notes = {}, 0, {}
         self.write(**line)
         if self.bad.item() >= 20:
-            raise UserError(f"the gradient was not finite for {int(self.bad.item())} steps, up to step {step}; lower --lr "
-                            "or use --dtype float32")
+            raise UserError(f"the gradient was not finite for {int(self.bad.item())} steps up to step {step}; lower "
+                            "--lr or use --dtype float32")
         return line
 
     def ask_to_stop(self, *_):
