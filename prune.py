@@ -40,7 +40,7 @@ from PIL import Image, ImageDraw
 from extract_latents import Batches, Latents, check_fit
 from model import (HALVES, MODELS, Parser, Progress, Stopped, UserError, autocast, barrier, choose_dtype, freeze_linear,
                    load_model, mix, on_rank_0, rank, read_torch, real, run_main, save_checkpoint, start_ranks, whole,
-                   world_size, write_whole)
+                   world_size, write_whole)  # isort: skip
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Groups and their candidate masks.
