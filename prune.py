@@ -38,9 +38,9 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 
 from extract_latents import Batches, Latents, check_fit
-from model import (HALVES, MODELS, Parser, Progress, Stopped, UserError, autocast, barrier, choose_dtype, freeze_linear,
-                   load_model, mix, on_rank_0, rank, read_torch, real, run_main, save_checkpoint, start_ranks, whole,
-                   world_size, write_whole)  # isort: skip
+from model import (
+    HALVES, MODELS, Parser, Progress, Stopped, UserError, autocast, barrier, choose_dtype, freeze_linear, load_model,
+    mix, on_rank_0, rank, read_torch, real, run_main, save_checkpoint, start_ranks, whole, world_size, write_whole)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Groups and their candidate masks.
