@@ -421,7 +421,7 @@ def half_state(state: dict, half: str) -> dict:
     """A block's weights -> those of its half. The modulation's first rows are the attention's, the others the MLP's."""
     norm = {"attn": "norm1", "mlp": "norm2"}[half]
     own = {k: v for k, v in state.items() if k.split(".")[0] in (half, norm)}
-    return own | {k: v.chunk(2)[HALVES.index(half)] for k, v in state.items() if k.startswith("adaLN")}
+    return own | {k: v.chunk(2)[HALVES.index(half)].clone() for k, v in state.items() if k.startswith("adaLN")}
 
 def set_blocks(net, name: str, states: list):
     """Fills a list of the network with blocks that hold the given weights."""
