@@ -259,10 +259,10 @@ def mean_scores(net, objective, batches, run, measure) -> list:
     layers, draws = net.layers(), calibration(objective, batches)
     sums = torch.zeros(len(layers), dtype=torch.float64, device=run.device)
 
-    def add(i):
-        return lambda layer, inputs, out: sums[i].add_(measure(inputs[0].float(), out.float()).sum()) and None
+    def add(layer, inputs, out):
+        sums[layers.index(layer)] += measure(inputs[0].float(), out.float()).sum()
 
-    hooks = [layer.register_forward_hook(add(i)) for i, layer in enumerate(layers)]
+    hooks = [layer.register_forward_hook(add) for layer in layers]
     calibration_loss(net, objective, draws, run)
     for hook in hooks:
         hook.remove()
