@@ -580,9 +580,6 @@ class Run:
         self.dtype = choose_dtype(args.dtype, device)
         self.dtype_name = str(self.dtype).removeprefix("torch.")
         self.stop, self.sums, self.count, self.notes = False, {}, 0, {}
-        for name in ("SIGTERM", "SIGUSR1"):
-            if hasattr(signal, name):  # Windows has no SIGUSR1
-                signal.signal(getattr(signal, name), self.ask_to_stop)
         self.saved = self.find_checkpoint()
         barrier()  # all have read what rank 0 may now delete
         if rank() == 0:
@@ -632,6 +629,9 @@ class Run:
         self.notes["lr"] = optimizer.param_groups[0]["lr"]
 
     def __iter__(self):
+        for name in ("SIGTERM", "SIGUSR1"):
+            if hasattr(signal, name):  # Windows has no SIGUSR1
+                signal.signal(getattr(signal, name), self.ask_to_stop)
         args, first, started = self.args, self.step, time.time()
         progress = Progress(self.out.name, args.steps, "steps", first)
         for step in range(first, args.steps):
