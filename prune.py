@@ -272,8 +272,9 @@ def keep_best(scores: list, scheme: list, run) -> list:
     """The N layers of each group that score highest."""
     run.say("scores " + " ".join(f"{i}({score:.4g})" for i, score in enumerate(scores)))
     run.write(step=0, scores=scores)
-    best = lambda first, n, m: sorted(range(first, first + m), key=lambda i: -scores[i])[:n]
-    return [i for group in groups_of(scheme) for i in sorted(best(*group))]
+    best = np.argsort(scores)[::-1].tolist()  # first the layers without which the loss is not even a number
+    kept = [[i for i in best if first <= i < first + m][:n] for first, n, m in groups_of(scheme)]
+    return sorted(itertools.chain(*kept))
 
 def block_influence(net, objective, batches, scheme, run) -> list:
     """ShortGPT (Men et al. 2024): a layer matters as much as it turns the hidden state, 1 - cos(input, output)."""
@@ -354,7 +355,7 @@ def lowest_loss(net, objective, batches, scheme, run) -> list:
         with keeping(net, kept):
             losses.append(calibration_loss(net, objective, draws, run))
         progress.update(len(losses))
-    order = sorted(range(len(cuts)), key=losses.__getitem__)
+    order = np.argsort(losses, kind="stable")  # what is not a number goes last
     for what, i in (("lowest", order[0]), ("median", order[len(order) // 2]), ("highest", order[-1])):
         run.say(f"{what} of {len(cuts):,} of {total:,} cuts: {losses[i]:.4f}, layers {' '.join(map(str, cuts[i]))}")
     run.write(step=0, cuts=cuts, losses=losses)
