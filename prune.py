@@ -316,6 +316,8 @@ def probe(net, objective, batches, scheme, run) -> list:
     A least-squares map A from the span's input x to its output y leaves the share |y - A x|^2 / |y|^2 unexplained.
     """
     spans = [(a, a + m - n - 1) for first, n, m in groups_of(scheme) if n < m for a in range(first, first + n + 1)]
+    if not spans:
+        return list(range(sum(net.depths())))
     states = {}
     hooks = [layer.register_forward_hook(lambda layer, inputs, out, i=i: states.update({i: (inputs[0], out)}))
              for i, layer in enumerate(net.layers())]
