@@ -210,7 +210,7 @@ def main():
         run.prepare(teacher)
     size = sum(p.numel() for p in net.parameters()) / 1e6
     run.say(f"{args.mode}: {config['name']}, {sum(net.depths())} layers, {size:.2f} M parameters, {args.steps} steps "
-            f"of {args.batch_size}, on {device} in {run.dtype}")
+            f"of {args.batch_size}, on {device} in {run.dtype_name}")
     config, average = config | dict(mode=args.mode), copy.deepcopy(net).eval()
     recover(net.train(), average, teacher, net.objective(), batches, pairs, run, config)
     if rank() == 0:

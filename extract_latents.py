@@ -1,62 +1,75 @@
 """Images -> latents on disk: what the diffusion transformers are trained on, encoded once instead of at every step.
 
-    python extract_latents.py                                             # the bundled digits -> out/latents
-    torchrun --nproc_per_node=8 extract_latents.py --data imagenet/train --vae sd-ema
-    python extract_latents.py --train-vae                                 # how weights/vae-digits.pt was made
+    python extract_latents.py                                                 # the bundled digits -> out/latents
+    python extract_latents.py --data photos --vae sd-ema --out out/photos     # a folder of class folders
+    torchrun --nproc_per_node=8 extract_latents.py --data imagenet/train --vae kl16 --out out/latents-kl16
 
 An image, centre-cropped as in ADM, goes through the encoder of a KL autoencoder (VAE), which gives a Gaussian: a mean
 and a standard deviation for each latent value. These moments are stored, of the image and of its mirror image, rather
-than a sample, so that each epoch draws fresh latents. A directory of latents holds
+than a sample, so that each epoch draws fresh latents. A folder of latents holds
 
     moments.npy   (N, flips, 2C, H, W) float16: C means, then C standard deviations, unscaled; flips is 1 or 2
     labels.npy    (N,) int64, -1 where the image could not be read (`Latents` leaves such rows out)
-    meta.json     VAE, scale, image size, class names, count; "complete" is false until the last row is there
+    meta.json     VAE, scale, image size, class names, count; "complete" is false until the other two are there
 
-Every rank encodes chunks of its own and writes them at their place. The chunk, not the rank, decides which images are
-encoded together, and a chunk is marked as done only after its rows are on disk: so a run that was killed continues,
-on any number of ranks, and ends in the same bytes. The same command starts and continues; --resume never starts anew.
-Exit code 3: some images could not be read.
+Ranks encode shards, some hundred images each, to files of their own. When all are there, rank 0 joins them: for a
+moment that takes twice the room. Which images are encoded together depends on the shard and not on the rank, so a run
+that was killed continues with the shards that are missing, on any number of ranks, and ends in the same bytes. The
+same command starts and continues.
 
-Read top to bottom: the VAE; training the small one; images; writing latents; reading them.
+Images that cannot be read are left out: a warning names them, meta.json lists them, and the exit code is 0, since
+trying again (torchrun --max-restarts) would not help. With --strict the first of them ends the run with exit code 2.
+
+Read top to bottom: the VAE; images; writing latents; reading them, in the order of training.
 """
 import argparse
-import contextlib
-import fcntl
+import concurrent.futures
+import functools
 import hashlib
 import json
+import math
+import mmap
 import os
 import shutil
 import sys
-import time
-import zipfile
 import zlib
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 
-from model import (Progress, clock, end_ranks, fail, fetch, guess_model, load_state, locate, mix, rank, read_state, save_checkpoint, start_ranks,
-                   world_size, write_whole)
+from model import (ROOT, Parser, Progress, RowNoise, UserError, autocast, barrier, choose_dtype, fetch, load_state,
+                   locate, mix, on_rank_0, rank, read_state, reading, run_main, start_ranks, whole, world_size,
+                   write_whole)
 
-ROOT = Path(__file__).resolve().parent
 DIGITS = ROOT / "data" / "mnist_train10k.npz"
-DIGITS_VAE = ROOT / "weights" / "vae-digits.pt"
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The VAE. State-dict keys are those of diffusers' AutoencoderKL.
+# The VAE. Names of the weights are those of diffusers' AutoencoderKL.
 
-SD = dict(channels=[128, 256, 512, 512], layers=2, latent=4, groups=32, image_channels=3, image_size=256, scale=0.18215)
+# scale: what latents are multiplied by for a standard deviation of about 1 (Rombach et al., arXiv 2112.10752, D.1).
+# flip, batch_size (images encoded together) and shard (images per file) are defaults of the extraction.
+SD = dict(channels=[128, 256, 512, 512], layers=2, latent=4, groups=32, image_channels=3, image_size=256, scale=0.18215,
+          flip=True, batch_size=32, shard=256)
 KL16 = SD | dict(channels=[128, 128, 256, 256, 512], latent=16, encoder_attention=True, scale=0.2325)
+STABILITY = "https://huggingface.co/stabilityai/sd-vae-ft-{}/resolve/main/diffusion_pytorch_model.safetensors"
 VAES = {
-    "digits": dict(channels=[16, 32, 32], layers=1, latent=4, groups=8, image_channels=1, image_size=32, scale=1.0),
-    "sd-ema": SD,
-    "sd-mse": SD,
-    "kl16": KL16,
+    # The digits' own (reproduce/train_vae.py): its file, weights/vae-digits.pt, says the scale.
+    "digits": dict(channels=[16, 32, 32], layers=1, latent=4, groups=8, image_channels=1, image_size=32, scale=None,
+                   flip=False, batch_size=250, shard=250, weights=None),
+    "sd-ema": SD | dict(weights=("sd-vae-ft-ema.safetensors", STABILITY.format("ema"))),
+    "sd-mse": SD | dict(weights=("sd-vae-ft-mse.safetensors", STABILITY.format("mse"))),
+    "kl16": KL16 | dict(weights=("kl16.ckpt", "https://www.dropbox.com/scl/fi/hhmuvaiacrarfg28qxhwz/kl16.ckpt"
+                                              "?rlkey=l44xipsezc8atcffdp4q7mwmh&dl=1")),
 }
+
+
+def norm_silu(norm, x):
+    h = norm(x)
+    return F.silu(h, inplace=not h.requires_grad)
 
 
 class ResnetBlock(nn.Module):
@@ -72,9 +85,9 @@ class ResnetBlock(nn.Module):
             self.conv_shortcut = nn.Conv2d(c_in, c_out, 1)
 
     def forward(self, x):  # (B, c_in, H, W) -> (B, c_out, H, W)
-        h = self.conv1(F.silu(self.norm1(x)))
-        h = self.conv2(F.silu(self.norm2(h)))
-        return h + (self.conv_shortcut(x) if hasattr(self, "conv_shortcut") else x)
+        h = self.conv1(norm_silu(self.norm1, x))
+        h = self.conv2(norm_silu(self.norm2, h))
+        return h.add_(self.conv_shortcut(x) if hasattr(self, "conv_shortcut") else x)
 
 
 class AttentionBlock(nn.Module):
@@ -102,12 +115,26 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
+    """A 3x3 convolution of the image with each pixel doubled: F.conv2d(F.interpolate(x, scale_factor=2), weight).
+
+    Of the 3 rows under the kernel 2 are the same: for even rows the last two, for odd rows the first two. Their
+    weights can be added beforehand, which leaves four 2x2 convolutions, one per parity: 4/9 of the work.
+    """
+
     def __init__(self, c):
         super().__init__()
         self.conv = nn.Conv2d(c, c, 3, padding=1)
 
-    def forward(self, x):
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+    def forward(self, x):  # (B, c, H, W) -> (B, c, 2H, 2W)
+        (n, c, h, w), k = x.shape, self.conv.weight
+        k = torch.stack([k[:, :, 0], k[:, :, 1:].sum(2), k[:, :, :2].sum(2), k[:, :, 2]], 2)  # even rows' 2, odd rows' 2
+        k = torch.stack([k[..., 0], k[..., 1:].sum(3), k[..., :2].sum(3), k[..., 2]], 3)  # the same of columns
+        k, x = k.contiguous(memory_format=torch.channels_last), F.pad(x, (1, 1, 1, 1))
+        out = torch.empty((n, c, 2 * h, 2 * w), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+        for i, j in (0, 0), (0, 1), (1, 0), (1, 1):
+            view, kernel = x[:, :, i : i + h + 1, j : j + w + 1], k[:, :, 2 * i : 2 * i + 2, 2 * j : 2 * j + 2]
+            out[:, :, i::2, j::2] = F.conv2d(view, kernel, self.conv.bias)
+        return out
 
 
 class Level(nn.Module):
@@ -161,7 +188,7 @@ class Encoder(nn.Module):
         x = self.conv_in(x)
         for level in self.down_blocks:
             x = level(x)
-        return self.conv_out(F.silu(self.conv_norm_out(self.mid_block(x))))
+        return self.conv_out(norm_silu(self.conv_norm_out, self.mid_block(x)))
 
 
 class Decoder(nn.Module):
@@ -182,11 +209,11 @@ class Decoder(nn.Module):
         x = self.mid_block(self.conv_in(z))
         for level in self.up_blocks:
             x = level(x)
-        return self.conv_out(F.silu(self.conv_norm_out(x)))
+        return self.conv_out(norm_silu(self.conv_norm_out, x))
 
 
 class AutoencoderKL(nn.Module):
-    """Images in [-1, 1] <-> latents; `config` is a line of VAES. `dtype` is what it computes in (autocast); float32 in and out."""
+    """Images in [-1, 1] <-> latents; `config` is a row of VAES. float32 in and out; computes in `dtype` (autocast)."""
 
     def __init__(self, config: dict, dtype=torch.float32):
         super().__init__()
@@ -200,137 +227,94 @@ class AutoencoderKL(nn.Module):
 
     @property
     def factor(self) -> int:
-        """How many pixels a side one latent value stands for."""
+        """How many pixels per side one latent value stands for."""
         return 2 ** (len(self.config["channels"]) - 1)
-
-    def autocast(self, x):
-        return torch.autocast(x.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
     def encode(self, x):
         """-> mean, std, each (B, C, H, W): the posterior's moments, unscaled."""
-        with self.autocast(x):
+        with autocast(x.device, self.dtype):
             moments = self.quant_conv(self.encoder(x))
         mean, logvar = moments.float().chunk(2, dim=1)
         return mean, (0.5 * logvar.clamp(-30, 20)).exp()
 
     def decode(self, z):
         """Unscaled latents -> images, not clamped."""
-        with self.autocast(z):
+        with autocast(z.device, self.dtype):
             return self.decoder(self.post_quant_conv(z)).float()
 
 
 def load_vae(name: str = "digits", ckpt=None, device="cpu", dtype=torch.float32) -> AutoencoderKL:
-    """A frozen VAE. The weights are ckpt's (a path or URL, in diffusers or latent-diffusion format), else the registry's."""
+    """A frozen VAE with the weights of `ckpt` (path or URL; diffusers or latent-diffusion keys), else of the table."""
     if name not in VAES:
-        fail(f"no VAE is called {name!r}; there are {', '.join(VAES)}")
-    path = locate(ckpt) if ckpt else DIGITS_VAE if name == "digits" else fetch(f"vae-{name}")
+        raise UserError(f"no VAE is called {name!r}; there are {', '.join(VAES)}")
+    row = VAES[name]
+    bundled = ROOT / "weights" / f"vae-{name}.pt"
+    path = locate(ckpt) if ckpt else fetch(*row["weights"]) if row["weights"] else bundled
     state, config = read_state(path)
-    other = config["name"] if config else guess_model(state)
-    if other not in (None, name):
-        fail(f"{path} holds {other}, not the VAE {name}; give another file{f', or --vae {other}' if other in VAES else ''}")
-    if name == "digits" and config is None:
-        fail(f"{path} does not hold a VAE for digits; train one with --train-vae")
-    with torch.device("meta"):
-        vae = AutoencoderKL(config or VAES[name], dtype)
-    load_state(vae, rename_vae_keys(state), path)
+    config = row | (config or dict(name=name))
+    if config["name"] != name:
+        raise UserError(f"{path} holds {config['name']}, not the VAE {name}; give another --ckpt or another --vae")
+    if config["scale"] is None:
+        raise UserError(f"{path} does not hold a VAE for {name}; make one with reproduce/train_vae.py")
+    with reading(path), torch.device("meta"):
+        vae = AutoencoderKL(config, dtype)
+        load_state(vae, rename_vae_keys(state), path)
     return vae.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
 
 
+# What the latent-diffusion code calls them -> what we do; within attention there are also the names of old diffusers.
+RENAMED = (
+    ("encoder.down.", "encoder.down_blocks."), (".block.", ".resnets."), (".attn.", ".attentions."),
+    (".mid.block_1.", ".mid_block.resnets.0."), (".mid.block_2.", ".mid_block.resnets.1."),
+    (".mid.attn_1.", ".mid_block.attentions.0."), (".downsample.", ".downsamplers.0."), (".upsample.", ".upsamplers.0."),
+    (".nin_shortcut.", ".conv_shortcut."), (".norm_out.", ".conv_norm_out."))
+RENAMED_ATTENTION = (
+    (".norm.", ".group_norm."), (".q.", ".to_q."), (".k.", ".to_k."), (".v.", ".to_v."), (".proj_out.", ".to_out.0."),
+    (".query.", ".to_q."), (".key.", ".to_k."), (".value.", ".to_v."), (".proj_attn.", ".to_out.0."))
+
+
 def rename_vae_keys(state: dict) -> dict:
-    """The keys of the latent-diffusion code and of old diffusers -> ours. 1x1 convolutions of attention become Linear."""
+    """Weights of the latent-diffusion code or of old diffusers -> ours. Attention's 1x1 convolutions become Linear."""
     state = {k.removeprefix("first_stage_model."): v for k, v in state.items()}
     levels = 1 + max((int(k.split(".")[2]) for k in state if k.startswith("decoder.up.")), default=0)
     renamed = {}
     for key, value in state.items():
-        k = key
+        if key.split(".")[0] not in ("encoder", "decoder", "quant_conv", "post_quant_conv"):
+            continue  # the GAN loss, counters
         if key.startswith("decoder.up."):  # there the level that runs last is number 0
             _, _, i, rest = key.split(".", 3)
-            k = f"decoder.up_blocks.{levels - 1 - int(i)}.{rest}"
-        for old, new in (
-                ("encoder.down.", "encoder.down_blocks."), (".block.", ".resnets."), (".attn.", ".attentions."),
-                (".mid.block_1.", ".mid_block.resnets.0."), (".mid.block_2.", ".mid_block.resnets.1."),
-                (".mid.attn_1.", ".mid_block.attentions.0."), (".downsample.", ".downsamplers.0."),
-                (".upsample.", ".upsamplers.0."), (".nin_shortcut.", ".conv_shortcut."), (".norm_out.", ".conv_norm_out.")):
-            k = k.replace(old, new)
-        if ".attentions." in k:
-            for old, new in ((".norm.", ".group_norm."), (".q.", ".to_q."), (".k.", ".to_k."), (".v.", ".to_v."),
-                             (".proj_out.", ".to_out.0."), (".query.", ".to_q."), (".key.", ".to_k."),
-                             (".value.", ".to_v."), (".proj_attn.", ".to_out.0.")):
-                k = k.replace(old, new)
+            key = f"decoder.up_blocks.{levels - 1 - int(i)}.{rest}"
+        for old, new in RENAMED:
+            key = key.replace(old, new)
+        if ".attentions." in key:
+            for old, new in RENAMED_ATTENTION:
+                key = key.replace(old, new)
             value = value.flatten(1) if value.ndim == 4 else value
-        if k.split(".")[0] in ("encoder", "decoder", "quant_conv", "post_quant_conv"):  # not the GAN loss or the EMA counters
-            renamed[k] = value
+        renamed[key] = value
     return renamed
 
 
 @torch.no_grad()
-def decode_images(vae: AutoencoderKL, latents) -> np.ndarray:
-    """Scaled latents (N, C, H, W) -> uint8 images (N, fH, fW, 3), in batches of half a megapixel: about 2 GB at full size."""
-    batch = max(1, 2**19 // (latents.shape[2] * latents.shape[3] * vae.factor**2))
-    images = []
-    for z in latents.split(batch):
-        x = vae.decode(z / vae.scale)
-        x = (127.5 * x + 128).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
-        images.append(x.expand(-1, -1, -1, 3).cpu().numpy())
-    return np.concatenate(images) if images else np.zeros((0, latents.shape[2] * vae.factor, latents.shape[3] * vae.factor, 3), np.uint8)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Training the VAE of the digits: 9,000 to learn from, 1,000 held out.
-
-
-def train_vae(args, steps=1500, batch=64, kl_weight=1e-3, lr=2e-3):
-    """L1 + MSE + kl_weight * KL (each a mean over its values), AdamW, one-cycle learning rate, average of the weights."""
-    device = start_ranks(args.device)
-    images, _, _ = read_npz(args.data or DIGITS)
-    if images.shape[1:] != (28, 28):
-        fail(f"--train-vae trains on grey digits of 28x28 pixels, and these images have shape {images.shape[1:]}")
-    x = torch.from_numpy(np.pad(images, ((0, 0), (2, 2), (2, 2)))).to(device)[:, None]
-    x = x.float() / 127.5 - 1  # (N, 1, 32, 32)
-    train, held_out = x[: len(x) * 9 // 10], x[len(x) * 9 // 10 :]
-    torch.manual_seed(args.seed)
-    vae = AutoencoderKL(dict(name="digits", **VAES["digits"])).to(device, memory_format=torch.channels_last)
-    average = torch.optim.swa_utils.AveragedModel(vae, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.99))
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=lr, weight_decay=0)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.1)
-    progress = Progress(f"train VAE ({sum(p.numel() for p in vae.parameters()):,} parameters)", steps, "steps")
-    for step in range(steps):
-        rows = np.random.default_rng(mix(args.seed, step)).integers(len(train), size=batch)
-        target = train[torch.from_numpy(rows).to(device)]
-        mean, std = vae.encode(target)
-        out = vae.decode(mean + std * torch.randn_like(std))
-        kl = 0.5 * (mean**2 + std**2 - 1 - 2 * std.log()).mean()
-        loss = F.l1_loss(out, target) + F.mse_loss(out, target) + kl_weight * kl
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        average.update_parameters(vae)
-        progress.update(step + 1, f"loss {loss.item():.4f}")
-    vae = average.module.eval()
-    with torch.no_grad():
-        mean, std = (torch.cat(m) for m in zip(*(vae.encode(b) for b in train.split(500))))
-        sample = mean + std * torch.randn_like(std)
-    scale = round(1 / sample.std().item(), 5)
-    print(f"latents: std {sample.std().item():.4f}, so scale {scale}; per channel {[round(s, 3) for s in sample.std((0, 2, 3)).tolist()]}, posterior std {std.mean().item():.4f}")
-    for what, noise in (("means", 0), ("samples", 1)):
-        whole, inside = psnr(vae, held_out, noise)
-        print(f"held-out PSNR on {len(held_out)} digits, from posterior {what}: {whole:.2f} dB, {inside:.2f} dB without the padding")
-    vae.config["scale"] = scale
-    save_checkpoint(args.out or DIGITS_VAE, config=vae.config, model={k: v.half().cpu() for k, v in vae.state_dict().items()})
+def encode_pixels(vae, pixels, flips) -> np.ndarray:
+    """uint8 (B, c, S, S) -> moments float16 (B, flips, 2C, H, W)."""
+    x = (pixels.float() / 127.5 - 1).to(memory_format=torch.channels_last)
+    views = [x, x.flip(-1)][:flips]
+    mean, std = vae.encode(torch.cat(views))
+    moments = torch.cat([mean, std], dim=1).half()  # (flips * B, 2C, H, W)
+    return moments.unflatten(0, (flips, -1)).transpose(0, 1).contiguous().cpu().numpy()
 
 
 @torch.no_grad()
-def psnr(vae, x, noise=0) -> tuple:
-    """Of the reconstructions of x (N, 1, 32, 32), the error taken over all images; the same over the inner 28x28 pixels."""
-    errors = []
-    for part in x.split(250):
-        mean, std = vae.encode(part)
-        y = vae.decode(mean + noise * std * torch.randn_like(std)).clamp(-1, 1)
-        errors.append(((y - part) / 2) ** 2)
-    errors = torch.cat(errors)
-    return tuple(-10 * e.mean().log10().item() for e in (errors, errors[..., 2:-2, 2:-2]))
+def decode_images(vae: AutoencoderKL, latents) -> np.ndarray:
+    """Scaled latents (N, C, H, W) -> uint8 images (N, fH, fW, 3), half a megapixel at a time: about 2 GB."""
+    n, _, height, width = latents.shape
+    images = np.empty((n, height * vae.factor, width * vae.factor, 3), np.uint8)
+    batch = max(1, 2**19 // (images.shape[1] * images.shape[2]))
+    for i in range(0, n, batch):
+        x = vae.decode(latents[i : i + batch] / vae.scale)
+        x = (127.5 * x + 128).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)  # (B, fH, fW, 3 or 1)
+        images[i : i + batch] = x.cpu().numpy()
+    return images
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -340,10 +324,8 @@ EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", 
 
 
 def read_data(path):
-    """-> images (a list of paths, or an array (N, H, W) or (N, H, W, 3)), labels (N,), class names, a fingerprint."""
+    """-> images (a list of paths, or an array (N, H, W[, 3])), labels (N,), class names, a fingerprint."""
     path = Path(path)
-    if not path.exists():
-        fail(f"--data {path} does not exist")
     if path.is_dir():
         images, labels, classes = read_folder(path)
         names = "\n".join(str(image.relative_to(path)) for image in images)
@@ -361,26 +343,24 @@ def read_folder(path):
         for folder, _, files in sorted(os.walk(path / name, followlinks=True)):
             images += [Path(folder, file) for file in sorted(files) if file.lower().endswith(EXTENSIONS)]
         if len(images) == before:
-            fail(f"--data {path}: the class folder {name!r} holds no images ({', '.join(EXTENSIONS)})")
+            raise UserError(f"--data {path}: the class folder {name!r} holds no images ({', '.join(EXTENSIONS)}); "
+                            "add some or remove it")
         labels += [label] * (len(images) - before)
     if not images:
-        fail(f"--data {path} holds no class folders; put the images in one sub-folder a class")
+        raise UserError(f"--data {path} holds no class folders; put the images into one sub-folder per class")
     return images, np.array(labels, np.int64), classes
 
 
 def read_npz(path):
-    """-> images uint8 (N, H, W) or (N, H, W, 3), labels int64 (N,), class names; fails in one sentence on anything else."""
-    try:
-        with np.load(path) as data:
-            images, labels = data["arr_0"], data["arr_1"]
-    except KeyError as e:
-        fail(f"{path} lacks {str(e).split()[0].strip(chr(34))}; images are expected in arr_0 and labels in arr_1")
-    except (OSError, ValueError, EOFError, AttributeError, zipfile.BadZipFile, zlib.error) as e:
-        fail(f"{path} is not a complete .npz file ({str(e).splitlines()[0][:80] if str(e) else type(e).__name__})")
-    if images.dtype != np.uint8 or not (images.ndim == 3 or images.ndim == 4 and images.shape[3] == 3) or not images.size:
-        fail(f"{path}: arr_0 must be uint8 images (N, H, W) or (N, H, W, 3), not {images.dtype} {images.shape}")
+    """-> images uint8 (N, H, W) or (N, H, W, 3), labels int64 (N,), class names."""
+    with reading(path), np.load(path) as data:
+        if not {"arr_0", "arr_1"} <= set(data):
+            raise UserError(f"{path} holds {', '.join(data)}; images are expected in arr_0 and labels in arr_1")
+        images, labels = data["arr_0"], data["arr_1"]
+    if images.dtype != np.uint8 or images.ndim not in (3, 4) or images.shape[3:] not in ((), (3,)) or not images.size:
+        raise UserError(f"{path}: arr_0 must be uint8 images (N, H, W) or (N, H, W, 3), not {images.dtype} {images.shape}")
     if labels.dtype.kind not in "iu" or labels.shape != images.shape[:1] or labels.min() < 0:
-        fail(f"{path}: arr_1 must be {len(images)} whole numbers from 0, one an image, not {labels.dtype} {labels.shape}")
+        raise UserError(f"{path}: arr_1 must be {len(images)} whole numbers from 0, not {labels.dtype} {labels.shape}")
     return images, labels.astype(np.int64), [str(i) for i in range(int(labels.max()) + 1)]
 
 
@@ -397,337 +377,314 @@ def center_crop(image: Image.Image, size: int) -> np.ndarray:
     return pixels[top : top + size, left : left + size]
 
 
-TURNS = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE", 6: "ROTATE_270", 7: "TRANSVERSE", 8: "ROTATE_90"}
-
-
-def upright(image: Image.Image) -> Image.Image:
-    """As its EXIF orientation says. (ImageOps.exif_transpose writes the EXIF anew, and fails where another of its fields is odd.)"""
-    try:
-        turn = TURNS.get(image.getexif().get(0x0112))
-    except Exception:  # damaged EXIF is no reason to lose the image
-        turn = None
-    return image.transpose(Image.Transpose[turn]) if turn else image
-
-
 def to_pixels(image: Image.Image, size: int, channels: int) -> np.ndarray:
-    """Any image -> uint8 (channels, size, size): upright, 8-bit, grey or RGB. Transparency is dropped, as in ADM."""
-    image = upright(image)
-    if image.mode.startswith("I;16"):
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    if image.mode in ("I", "F"):
-        raise ValueError(f"its pixels have no known range (mode {image.mode})")
-    if image.mode == "P":  # through RGBA, for palettes with transparent entries
-        image = image.convert("RGBA")
+    """Any image -> uint8 (channels, size, size), converted to RGB or grey and cropped, as in the releases."""
     image = image.convert("L" if channels == 1 else "RGB")
     if channels == 1 and image.size == (28, 28) and size == 32:
         image = ImageOps.expand(image, 2)  # a digit: two black pixels all around rather than a blurry enlargement
-    pixels = center_crop(image, size).reshape(size, size, channels)
-    return pixels.transpose(2, 0, 1)
+    return center_crop(image, size).reshape(size, size, channels).transpose(2, 0, 1)
 
 
-class Chunks(torch.utils.data.Dataset):
-    """chunks[i] -> i, pixels (B, c, S, S) uint8, labels (B,) with -1 for unreadable images, what was wrong with those."""
-
-    def __init__(self, images, labels, chunk, size, channels):
-        self.images, self.labels, self.chunk, self.size, self.channels = images, labels, chunk, size, channels
-
-    def __getitem__(self, i):
-        rows = range(i * self.chunk, min((i + 1) * self.chunk, len(self.labels)))
-        pixels = np.zeros((len(rows), self.channels, self.size, self.size), np.uint8)
-        labels, problems = self.labels[rows.start : rows.stop].copy(), []
-        for k, row in enumerate(rows):
-            try:
-                if isinstance(self.images, list):
-                    with Image.open(self.images[row]) as image:
-                        pixels[k] = to_pixels(image, self.size, self.channels)
-                else:
-                    pixels[k] = to_pixels(Image.fromarray(self.images[row]), self.size, self.channels)
-            except MemoryError:
-                raise
-            except Exception as e:  # decoders of damaged files raise all kinds; one of them must not end days of work
-                labels[k] = -1
-                problems.append(f"{self.name(row)}: {str(e).splitlines()[0] if str(e) else type(e).__name__}")
-        return i, torch.from_numpy(pixels), labels, problems
-
-    def name(self, row):
-        return str(self.images[row]) if isinstance(self.images, list) else f"image {row}"
+def load_pixels(image, size: int, channels: int):
+    """A path or an array -> uint8 (channels, size, size), or, in words, why it cannot be read."""
+    try:
+        with Image.open(image) if isinstance(image, Path) else Image.fromarray(image) as opened:
+            return to_pixels(opened, size, channels)
+    except MemoryError:
+        raise
+    except Exception as e:  # decoders of damaged files raise all kinds; one of them must not end days of work
+        return (str(e) or type(e).__name__).splitlines()[0]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Writing latents. While rows lack, the files are called moments.part, labels.part and done.part (one byte a chunk).
+# Writing latents: each rank writes shards, files of some hundred images; then rank 0 joins them.
 
-SETTINGS = ("vae", "weights", "image_size", "shape", "flips", "count", "chunk", "dtype", "data")  # what the bytes depend on
+# What the bytes depend on: also the batch, since in another one sums may run in another order.
+SETTINGS = ("vae", "weights", "image_size", "shape", "flips", "count", "shard", "batch_size", "dtype", "data")
 
 
 def extract(args):
-    """Images of --data -> a directory of latents, all ranks together. Exit code 3 if some could not be read."""
+    """Images of --data -> a folder of latents, all ranks together."""
     device = start_ranks(args.device)
-    vae = load_vae(args.vae, args.ckpt, device, getattr(torch, args.dtype))
-    size, channels = args.image_size or vae.config["image_size"], vae.config["image_channels"]
+    dtype = choose_dtype(args.dtype, device)
+    dtype_name = str(dtype).removeprefix("torch.")
+    if rank() == 0:
+        print(f"extract_latents.py: {args.vae} on {world_size()} x {device.type} in {dtype_name}", flush=True)
+    vae = load_vae(args.vae, args.ckpt, device, dtype)
+    row = vae.config
+    size = args.image_size or row["image_size"]
     if size % vae.factor:
-        fail(f"--image-size {size} is not a multiple of {vae.factor}, the pixels a side of one latent value of {args.vae}")
-    images, labels, classes, fingerprint = read_data(args.data or DIGITS)
-    flip = args.vae != "digits" if args.flip is None else args.flip
-    side = size // vae.factor
-    meta = dict(vae=args.vae, weights=crc(vae), scale=vae.scale, image_size=size, shape=[vae.config["latent"], side, side],
-                flips=1 + flip, count=len(labels), chunk=args.batch_size or (250 if args.vae == "digits" else 32),
-                dtype=args.dtype, data=fingerprint, classes=classes, complete=False)
-    out = Path(args.out or "out/latents")
-    with contextlib.ExitStack() as closing:
-        todo = on_rank_0(lambda: prepare(out, meta, args.resume, closing))
-        if len(todo):
-            encode_chunks(vae, Chunks(images, labels, meta["chunk"], size, channels), todo, out, meta, args, device)
-        if rank() != 0:
-            return
-        skipped = finish(out, images)
-    print(f"{out} holds the latents of {meta['count'] - len(skipped):,} images of {len(classes)} classes")
-    if skipped:
-        print(f"warning: {len(skipped)} images could not be read and are left out (listed in {out}/meta.json)", file=sys.stderr)
-        raise SystemExit(3)
+        raise UserError(f"--image-size must be a multiple of {vae.factor}, the pixels per side of a latent value; "
+                        f"{size} is not")
+    images, labels, classes, fingerprint = read_data(args.data)
+    meta = dict(vae=args.vae, scale=vae.scale, image_size=size, shape=[row["latent"], *[size // vae.factor] * 2],
+                flips=2 if (row["flip"] if args.flip is None else args.flip) else 1, count=len(labels),
+                shard=row["shard"], batch_size=args.batch_size or row["batch_size"], dtype=dtype_name,
+                weights=checksum(vae), data=fingerprint, classes=classes, complete=False)
+    out = Path(args.out)
+    missing = on_rank_0(lambda: missing_shards(out, meta, args.resume))
+    write_shards(vae, images, labels, missing[rank() :: world_size()], meta, out, device, args)
+    barrier()
+    if rank() == 0:
+        skipped = join_shards(out)
+        print(f"{out} holds the latents of {len(labels) - len(skipped):,} images of {len(classes)} classes")
+        if skipped:
+            print(f"warning: {len(skipped)} images could not be read and are left out; {out / 'meta.json'} lists them",
+                  file=sys.stderr)
 
 
-def prepare(out, meta, resume, closing):
-    """Finds or makes the files in `out`, which is locked until `closing` closes; -> the chunks to encode."""
-    chunks = -(-meta["count"] // meta["chunk"])
-    shape = (meta["count"], meta["flips"], 2 * meta["shape"][0], *meta["shape"][1:])
-    total = 2 * int(np.prod(shape, dtype=np.int64)) + 8 * meta["count"]
-    try:
-        if out.exists():
-            lock(out, closing)
-        old = json.loads((out / "meta.json").read_text()) if resume == "auto" and (out / "meta.json").exists() else None
-        if old is not None:
-            for key in SETTINGS:
-                if old.get(key) != meta[key]:
-                    fail(f"{out} holds latents made with another {key} ({old.get(key)} instead of {meta[key]}); choose another --out, or start anew with --resume never")
-            if old["complete"]:
+def missing_shards(out: Path, meta: dict, resume: str) -> list:
+    """Starts or continues the folder `out`; -> numbers of the shards that are still to be made."""
+    file, count = out / "meta.json", meta["count"]
+    if resume == "auto" and file.exists():
+        with reading(file):
+            old = dict(json.loads(file.read_text()))
+            different = [key for key in SETTINGS if old.get(key) != meta[key]]
+            if old["complete"] and not different:
                 print(f"{out} is complete, nothing to encode")
                 return []
-            done = np.fromfile(out / "done.part", np.uint8) if (out / "done.part").exists() else []
-            if len(done) != chunks:
-                fail(f"{out} has lost its record of what is done; start anew with --resume never")
-            print(f"{out}: {done.sum()} of {chunks} chunks are done, going on")
-        # what is there already, to be filled in or replaced, counts as free (the files have holes where nothing was written)
-        ours = sum(512 * f.stat().st_blocks for f in out.glob("*") if f.suffix in (".npy", ".part"))
-        free = ours + shutil.disk_usage(next(p for p in (out.absolute(), *out.absolute().parents) if p.exists())).free
-        print(f"{meta['count']:,} images of {len(meta['classes'])} classes -> moments {shape}, {size_of(total)} on disk, {size_of(free)} free")
-        if total > free:
-            fail(f"{out} needs {size_of(total)} and its disk has {size_of(free)} free; choose another --out")
-        if old is not None:
-            return np.flatnonzero(done == 0)
-        if not out.exists():
-            out.mkdir(parents=True)
-            lock(out, closing)
-        (out / "meta.json").unlink(missing_ok=True)
-        for name in ("moments", "labels"):
-            (out / f"{name}.npy").unlink(missing_ok=True)
-        np.lib.format.open_memmap(out / "moments.part", "w+", np.float16, shape)
-        np.lib.format.open_memmap(out / "labels.part", "w+", np.int64, shape[:1])
-        np.zeros(chunks, np.uint8).tofile(out / "done.part")
-    except (OSError, ValueError, KeyError) as e:
-        fail(f"cannot write latents to {out}: {getattr(e, 'strerror', None) or e}; choose another --out")
-    write_whole(out / "meta.json", lambda temporary: temporary.write_text(json.dumps(meta)))
-    return np.arange(chunks)
+        for key in different:
+            raise UserError(f"{out} holds latents with another {key} ({old.get(key)} instead of {meta[key]}); "
+                            "choose another --out, or start anew with --resume never")
+    else:
+        need = 2 * 2 * count * meta["flips"] * 2 * math.prod(meta["shape"])  # bytes of float16, twice
+        free = shutil.disk_usage(next(p for p in (out, *out.absolute().parents) if p.exists())).free
+        if need > free:
+            raise UserError(f"{out} needs {need / 1e9:.2f} GB for a moment, half of it for good, and its disk has "
+                            f"{free / 1e9:.2f} GB free; choose another --out")
+        for name in ("meta.json", "moments.npy", "labels.npy"):  # meta.json first: readers refuse the folder without
+            (out / name).unlink(missing_ok=True)
+        shutil.rmtree(out / "shards", ignore_errors=True)
+        write_whole(file, lambda temporary: temporary.write_text(json.dumps(meta)))
+    return [i for i in range(-(-count // meta["shard"])) if not shard_file(out, i).exists()]
 
 
-def lock(out, closing):
-    """One run at a time writes to `out`. A killed run's loader processes hold its lock for some seconds more."""
-    folder = os.open(out, os.O_RDONLY)
-    closing.callback(os.close, folder)
-    for _ in range(30):
-        try:
-            return fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            time.sleep(1)
-    fail(f"another run is writing to {out}; wait for it, or choose another --out")
+def shard_file(out: Path, i: int) -> Path:
+    return out / "shards" / f"{i:06}.npz"
 
 
-def encode_chunks(vae, dataset, todo, out, meta, args, device):
-    """This rank's share of the chunks `todo`: pixels -> moments -> their rows of the files."""
-    mine = todo[rank() :: world_size()].tolist()
-    if not mine and rank() != 0:
-        return
-    workers = args.workers
-    if workers is None:  # an .npz is in memory already; image files need decoding
-        workers = min(8, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))) if isinstance(dataset.images, list) else 0
-    loader = torch.utils.data.DataLoader(dataset, batch_size=None, sampler=mine, num_workers=workers, pin_memory=device.type == "cuda")
-    files = {name: os.open(out / f"{name}.part", os.O_RDWR) for name in ("moments", "labels", "done")}
-    starts = {name: np.load(out / f"{name}.part", mmap_mode="r").offset for name in ("moments", "labels")}
-    row_bytes = 2 * meta["flips"] * 2 * int(np.prod(meta["shape"]))
-    count = meta["count"]
-    rows_done = lambda: min(int((np.fromfile(out / "done.part", np.uint8) > 0).sum()) * meta["chunk"], count)
-    start, first = time.time(), rows_done()
-    progress = Progress("extract", count, "images", first)
-
-    for i, pixels, labels, problems in loader:
-        for problem in problems:
-            if args.strict:
-                fail(f"cannot read {problem}; mend or remove it, then start again (without --strict it is left out)")
-            print(f"warning: cannot read {problem}; left out", file=sys.stderr)
-        if len(problems) == len(labels) >= 8:
-            fail(f"none of {len(labels)} images in a row can be read, the first is {problems[0]}; is the disk all right?")
-        moments = encode_pixels(vae, pixels.to(device, non_blocking=True), meta["flips"])
-        if not np.isfinite(moments).all():
-            fail(f"the VAE's output for the images from {dataset.name(i * meta['chunk'])} on is not finite in {meta['dtype']} or beyond float16; try --dtype float32 with --resume never, and mind the images' values")
-        row = i * meta["chunk"]
-        try:
-            write_at(files["moments"], moments.tobytes(), starts["moments"] + row * row_bytes)
-            write_at(files["labels"], np.asarray(labels, np.int64).tobytes(), starts["labels"] + row * 8)
-            os.fsync(files["moments"])
-            os.fsync(files["labels"])
-            write_at(files["done"], b"\1", i)  # only now: what is marked as done is on disk
-        except OSError as e:
-            fail(f"cannot write to {out}: {e.strerror}; make room and start again, what is done is kept")
-        if rank() == 0:
-            done = rows_done()
-            progress.update(done, f"{(done - first) / (time.time() - start) / world_size():.1f} images/s a rank")
-    for file in files.values():
-        os.close(file)
-    if rank() == 0:
-        while rows_done() < count:  # wait for the others (a barrier would time out on a slow one)
-            time.sleep(0.2)
-        print(f"encoded {count - first:,} images in {clock(time.time() - start)}, {(count - first) / (time.time() - start):.1f} images/s")
+def write_shards(vae, images, labels, shards: list, meta: dict, out: Path, device, args):
+    """This rank's shards: images -> pixels, by threads and one shard ahead -> moments -> files."""
+    rows_of = [range(i * meta["shard"], min((i + 1) * meta["shard"], meta["count"])) for i in shards]
+    progress, done = Progress("extract", sum(map(len, rows_of)), "images per rank"), 0
+    with concurrent.futures.ThreadPoolExecutor(args.workers) as threads:
+        load = functools.partial(load_pixels, size=meta["image_size"], channels=vae.config["image_channels"])
+        ahead = [[threads.submit(load, images[row]) for row in rows] for rows in rows_of[:1]]
+        for k, (shard, rows) in enumerate(zip(shards, rows_of)):
+            ahead += [[threads.submit(load, images[row]) for row in following] for following in rows_of[k + 1 : k + 2]]
+            loaded = [future.result() for future in ahead.pop(0)]  # an array, or words if the image cannot be read
+            bad = {row: f"{images[row] if isinstance(images, list) else f'image {row}'}: {words}"
+                   for row, words in zip(rows, loaded) if isinstance(words, str)}
+            for problem in bad.values():
+                if args.strict:
+                    raise UserError(f"cannot read {problem}; repair or remove it, or skip it, without --strict")
+                print(f"warning: cannot read {problem}; left out", file=sys.stderr)
+            if len(bad) == len(rows) > 8:
+                raise UserError(f"none of {len(rows)} images in a row can be read, {bad[rows[0]]}; check the disk")
+            blank = np.zeros((vae.config["image_channels"], meta["image_size"], meta["image_size"]), np.uint8)
+            pixels = torch.from_numpy(np.stack([blank if isinstance(p, str) else p for p in loaded]))
+            moments = np.concatenate([encode_pixels(vae, part.to(device), meta["flips"])
+                                      for part in pixels.split(meta["batch_size"])])
+            if not np.isfinite(moments).all():
+                raise UserError(f"images {rows[0]} to {rows[-1]} give latents that are not finite in float16; "
+                                "try --dtype float32 with --resume never")
+            y = np.array([-1 if row in bad else labels[row] for row in rows])
+            write_whole(shard_file(out, shard), lambda temporary: save_arrays(
+                temporary, moments=moments, labels=y, problems=np.array(list(bad.values()), str)))
+            done += len(rows)
+            progress.update(done)
 
 
-@torch.no_grad()
-def encode_pixels(vae, pixels, flips) -> np.ndarray:
-    """uint8 (B, c, S, S) -> moments float16 (B, flips, 2C, H, W)."""
-    x = (pixels.float() / 127.5 - 1).to(memory_format=torch.channels_last)
-    views = [x, x.flip(-1)][:flips]
-    mean, std = vae.encode(torch.cat(views))
-    moments = torch.cat([mean, std], dim=1).half()  # (flips * B, 2C, H, W)
-    return moments.unflatten(0, (flips, -1)).transpose(0, 1).contiguous().cpu().numpy()
+def save_arrays(path, **arrays):
+    with open(path, "wb") as f:  # to a name, numpy would add .npz
+        np.savez(f, **arrays)
 
 
-def finish(out, images) -> list:
-    """Gives the complete files their names; -> the images that were left out."""
-    for name in ("moments", "labels"):
-        if (out / f"{name}.part").exists():
-            os.replace(out / f"{name}.part", out / f"{name}.npy")
+def join_shards(out: Path) -> list:
+    """The shards, in order -> moments.npy, labels.npy, and, last, a complete meta.json; -> what is wrong with images."""
     meta = json.loads((out / "meta.json").read_text())
+    labels, problems = [], []
+
+    def write(temporary):
+        with open(temporary, "wb") as f:
+            shape = meta["count"], meta["flips"], 2 * meta["shape"][0], *meta["shape"][1:]
+            np.lib.format.write_array_header_1_0(f, dict(descr="<f2", fortran_order=False, shape=shape))
+            for i in range(-(-meta["count"] // meta["shard"])):
+                with reading(shard_file(out, i)), np.load(shard_file(out, i)) as shard:
+                    f.write(shard["moments"].data)
+                    labels.append(shard["labels"])
+                    problems.extend(shard["problems"].tolist())
+
     if not meta["complete"]:
-        lost = np.flatnonzero(np.load(out / "labels.npy") < 0).tolist()
-        skipped = [dict(row=row, name=str(images[row]) if isinstance(images, list) else f"image {row}") for row in lost]
-        meta |= dict(complete=True, skipped=skipped)
+        for left_by_a_kill in out.glob(".*.tmp"):
+            left_by_a_kill.unlink()
+        write_whole(out / "moments.npy", write)
+        write_whole(out / "labels.npy", lambda temporary: np.save(open(temporary, "wb"), np.concatenate(labels)))
+        meta |= dict(skipped=problems, complete=True)
         write_whole(out / "meta.json", lambda temporary: temporary.write_text(json.dumps(meta)))
-    (out / "done.part").unlink(missing_ok=True)
+    shutil.rmtree(out / "shards", ignore_errors=True)
     return meta["skipped"]
 
 
-def on_rank_0(function):
-    """function() of rank 0, on all ranks. Where it fails, all end; rank 0 has said why."""
-    result = [None, False]
-    if rank() == 0:
-        try:
-            result = [function(), True]
-        except SystemExit:
-            pass
-    if dist.is_initialized():
-        dist.broadcast_object_list(result)
-    if not result[1]:
-        raise SystemExit(2)
-    return result[0]
-
-
-def write_at(file, data: bytes, offset: int):
-    if os.pwrite(file, data, offset) != len(data):
-        raise OSError(28, "no space left on device")
-
-
-def crc(vae) -> int:
-    """A checksum of the weights, so that a run does not continue with other ones."""
-    total = 0
-    for v in vae.state_dict().values():
-        total = zlib.crc32(v.cpu().contiguous().numpy().tobytes(), total)
-    return total
-
-
-def size_of(count: int) -> str:
-    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
+def checksum(vae) -> int:
+    """Of the weights, so that a run does not continue with other ones."""
+    return functools.reduce(lambda total, v: zlib.crc32(v.cpu().numpy().tobytes(), total), vae.state_dict().values(), 0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Reading latents.
+# Reading latents, in the order of training.
 
 
 class Latents:
-    """A complete directory of latents. Rows are numbered without the images that could not be read."""
+    """A complete folder of latents. Rows are numbered without the images that could not be read."""
 
     def __init__(self, directory):
         directory = Path(directory)
-        try:
-            self.meta = json.loads((directory / "meta.json").read_text())
-            if not self.meta["complete"]:
-                fail(f"{directory} is not complete; run extract_latents.py again to finish it")
+        with reading(directory / "meta.json"):
+            meta = json.loads((directory / "meta.json").read_text())
+            self.meta, self.shape, self.scale = meta, tuple(meta["shape"]), meta["scale"]
+            self.classes, expected = len(meta["classes"]),(meta["count"], meta["flips"], 2 * meta["shape"][0], *meta["shape"][1:])
+            if not meta["complete"]:
+                raise UserError(f"{directory} is not complete; run extract_latents.py again to finish it")
+        with reading(directory / "moments.npy"):
             self.moments = np.load(directory / "moments.npy", mmap_mode="r")  # (N, flips, 2C, H, W)
+        with reading(directory / "labels.npy"):
             labels = np.load(directory / "labels.npy")
-            self.shape, self.scale, self.classes = tuple(self.meta["shape"]), self.meta["scale"], len(self.meta["classes"])
-            expected = (self.meta["count"], self.meta["flips"], 2 * self.shape[0], *self.shape[1:])
-        except FileNotFoundError as e:
-            fail(f"{directory} holds no latents ({Path(e.filename).name} is missing); make them with extract_latents.py")
-        except (OSError, ValueError, KeyError, TypeError, EOFError) as e:
-            fail(f"{directory} is damaged ({str(e).splitlines()[0][:80]}); make it again with extract_latents.py --resume never")
-        if self.moments.shape != expected or self.moments.dtype != np.float16 or labels.shape != expected[:1] or labels.dtype != np.int64:
-            fail(f"{directory} is damaged: moments {self.moments.dtype} {self.moments.shape} with {labels.shape} labels instead of float16 {expected}; make it again with extract_latents.py --resume never")
+        if (self.moments.shape, self.moments.dtype, labels.shape) != (expected, np.float16, expected[:1]):
+            raise UserError(f"{directory} is damaged: {self.moments.dtype} moments {self.moments.shape} and {labels.shape} "
+                            f"labels instead of float16 {expected}; start anew with extract_latents.py --resume never")
         if labels.max() >= self.classes:
-            fail(f"{directory} is damaged: label {labels.max()} among {self.classes} classes; make it again with extract_latents.py --resume never")
+            raise UserError(f"{directory} is damaged: label {labels.max()} of {self.classes} classes; "
+                            "start anew with extract_latents.py --resume never")
         self.rows = np.flatnonzero(labels >= 0)
         self.labels = labels[self.rows]
 
     def __len__(self):
         return len(self.rows)
 
-    def batch(self, rows, noise, device):
-        """-> x (B, C, H, W) float32, drawn from the posterior and scaled; y (B,). noise: a RowNoise of len(rows) rows.
+    def read(self, places, out=None, pin=False):
+        """Moments (B, 2C, H, W) float16; place `flips * row` is the image of that row, the next one its mirror image.
 
-        The posterior's noise is drawn on the device. Which images are mirrored is drawn here, so that one of the two is read;
-        the rows of `noise` lie in one block, as in training.
+        Before the first row is copied, the system is told of all of them, and fetches them from the disk together.
+        (madvise, since it is quick for rows in memory, and does not let go of Python at each row as preads would.)
         """
-        device, flips = torch.device(device), self.moments.shape[1]
-        mirrored = noise.host.random(noise.block)[noise.rows] < 0.5 if flips == 2 else 0
-        moments = self.read(flips * self.rows[rows] + mirrored, device.type == "cuda").to(device, non_blocking=True)
-        mean, std = moments.float().chunk(2, dim=1)
-        x = noise.normal(*self.shape).mul_(std).add_(mean).mul_(self.scale)
-        return x, torch.from_numpy(self.labels[rows]).to(device)
-
-    def read(self, places, pin=False):
-        """Moments (B, 2C, H, W) float16; place `flips * row` is the image of that row, the next one its mirror image."""
-        out = torch.empty((len(places), *self.moments.shape[2:]), dtype=torch.float16, pin_memory=pin)
-        np.take(self.moments.reshape(-1, *self.moments.shape[2:]), places, axis=0, out=out.numpy(), mode="clip")  # clip: numpy's unbuffered way
+        moments = self.moments.reshape(-1, *self.moments.shape[2:])
+        size = moments.itemsize * moments[0].size
+        if hasattr(mmap, "MADV_WILLNEED"):  # Windows has none
+            for page in ((self.moments.offset + places * size) // mmap.PAGESIZE).tolist():
+                self.moments.base.madvise(mmap.MADV_WILLNEED, page * mmap.PAGESIZE, size + mmap.PAGESIZE)
+        if out is None:
+            out = torch.empty((len(places), *moments.shape[1:]), dtype=torch.float16, pin_memory=pin)
+        np.take(moments, places, axis=0, out=out.numpy(), mode="clip")  # clip: numpy's unbuffered way
         return out
 
+    def load(self, rows, noise, out=None, pin=False):
+        """-> moments (B, 2C, H, W), labels (B,) on the CPU. Of an image and its mirror image one is drawn and read."""
+        flips = self.moments.shape[1]
+        mirrored = noise.host.random(noise.block)[noise.rows] < 0.5 if flips == 2 else 0
+        y = torch.from_numpy(self.labels[rows])
+        return self.read(flips * self.rows[rows] + mirrored, out, pin), y.pin_memory() if pin else y
 
+    def sample(self, moments, y, noise):
+        """-> x (B, C, H, W) float32, drawn from the posterior on the device of the noise, and scaled; y (B,)."""
+        moments, y = (v.to(noise.device, non_blocking=True) for v in (moments, y))
+        mean, std = moments.float().chunk(2, dim=1)
+        return noise.normal(*self.shape).mul_(std).add_(mean).mul_(self.scale), y
+
+    def batch(self, rows, noise, device="cpu"):
+        """-> x, y of some rows. noise: a RowNoise of len(rows) rows, which lie in one block, as in training."""
+        return self.sample(*self.load(rows, noise, pin=torch.device(device).type == "cuda"), noise)
+
+
+@functools.lru_cache(maxsize=2)
 def epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
     """The order of an epoch: a permutation that depends on (seed, epoch) alone, the same on every rank."""
     return np.random.default_rng(mix(seed, epoch)).permutation(n)
 
 
+class Batches:
+    """batches(step) yields this rank's parts of the global batch of `step`: latents x, labels y, noise.
+
+    The global batch is cut into world_size * accumulate parts, equal to within one row. Rows and noise follow from
+    (seed, step) and the place in the global batch, so they are the same for any number of ranks and any accumulation.
+    Threads prepare the next parts ahead of the loop; what they hold follows from the same numbers.
+    """
+
+    AHEAD = 2
+
+    def __init__(self, latents, batch_size, accumulate, seed, device):
+        self.cuts = world_size() * accumulate
+        if batch_size < self.cuts:
+            raise UserError(f"--batch-size {batch_size} is too small for {world_size()} ranks x {accumulate} "
+                            "accumulation steps; give a larger one")
+        if batch_size > len(latents):
+            raise UserError(f"--batch-size {batch_size} is larger than the data set of {len(latents)} images; "
+                            "give a smaller one")
+        self.latents, self.batch_size, self.accumulate, self.seed = latents, batch_size, accumulate, seed
+        self.device = torch.device(device)
+        self.steps_per_epoch = len(latents) // batch_size
+        self.threads, self.parts = concurrent.futures.ThreadPoolExecutor(self.AHEAD), {}
+
+    def __call__(self, step: int):
+        for index in range(step * self.accumulate, (step + 1) * self.accumulate):
+            ahead = range(index, index + 1 + self.AHEAD)
+            self.parts = {i: self.parts.get(i) or self.threads.submit(self.prepare, i) for i in ahead}
+            x, y, noise = self.parts.pop(index).result()
+            yield *(self.latents.sample(x, y, noise) if self.device.type == "cuda" else (x, y)), noise
+
+    def prepare(self, index):
+        """Part `index` since the start of training: moments in pinned memory for CUDA, finished latents for the CPU."""
+        step, micro = divmod(index, self.accumulate)
+        epoch, place = divmod(step, self.steps_per_epoch)
+        part = rank() * self.accumulate + micro
+        start, stop = (self.batch_size * p // self.cuts for p in (part, part + 1))
+        rows = epoch_order(len(self.latents), self.seed, epoch)[place * self.batch_size :][start:stop]
+        noise = RowNoise((self.seed, step), start, stop, self.batch_size, self.device)
+        if self.device.type == "cuda":
+            return *self.latents.load(rows, noise, pin=True), noise
+        return *self.latents.batch(rows, noise), noise
+
+
+def check_fit(net, latents, directory):
+    """Refuses latents of another VAE, or of more classes, than the network was made for."""
+    shape = (net.channels, net.input_size, net.input_size)
+    if latents.shape != shape:
+        raise UserError(f"{directory} holds latents of shape {latents.shape}, the network takes {shape}; "
+                        "extract with its own --vae")
+    if latents.classes > net.classes:
+        raise UserError(f"{directory} has {latents.classes} classes, the network knows {net.classes}; "
+                        "give other --latents")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
+# The command line.
 
 
 def main():
-    """The command line: extraction, or --train-vae."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--data", metavar="PATH", help="folder of class folders, or .npz of uint8 images with labels (default: the bundled digits)")
-    parser.add_argument("--vae", default="digits", choices=VAES)
-    parser.add_argument("--ckpt", metavar="FILE", help="weights of the VAE, a path or URL, instead of the bundled or official ones")
-    parser.add_argument("--out", metavar="PATH", help="(default: out/latents; with --train-vae: weights/vae-digits.pt)")
-    parser.add_argument("--image-size", type=int, help="pixels a side (default: 256, digits 32)")
-    parser.add_argument("--batch-size", type=int, help="images that one rank encodes together (default: 32, digits 250)")
-    parser.add_argument("--flip", action=argparse.BooleanOptionalAction, help="mirror images too (default: yes, digits no)")
-    parser.add_argument("--workers", type=int, help="processes a rank that decode images (default: up to 8)")
-    parser.add_argument("--strict", action="store_true", help="stop at an unreadable image")
-    parser.add_argument("--resume", default="auto", choices=["auto", "never"], help="continue what is in --out, or start anew")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"], help="what the VAE computes in")
-    parser.add_argument("--seed", type=int, default=0, help="of --train-vae; extraction draws nothing")
-    parser.add_argument("--train-vae", action="store_true", help="train the small VAE on digits instead")
-    args = parser.parse_args()
-    for option, least in (("batch_size", 1), ("image_size", 1), ("workers", 0)):
-        if getattr(args, option) is not None and getattr(args, option) < least:
-            fail(f"--{option.replace('_', '-')} {getattr(args, option)} must be at least {least}")
-    train_vae(args) if args.train_vae else extract(args)
+    parser = Parser(__doc__)
+    group = parser.add_argument_group("what to encode, and where to")
+    group.add_argument("--data", default=DIGITS, metavar="PATH",
+                       help="folder of class folders, or .npz of uint8 images with labels (default: the bundled digits)")
+    group.add_argument("--out", default="out/latents", metavar="DIR", help="(default: %(default)s)")
+    group.add_argument("--resume", default="auto", choices=["auto", "never"],
+                       help="continue what is in --out, or start anew (default: %(default)s)")
+    group.add_argument("--strict", action="store_true", help="stop at an image that cannot be read")
+    group = parser.add_argument_group("the VAE")
+    group.add_argument("--vae", default="digits", choices=VAES, help="(default: %(default)s)")
+    group.add_argument("--ckpt", metavar="FILE", help="path or URL of other weights (default: bundled or official)")
+    group.add_argument("--image-size", type=whole(1), metavar="N", help="pixels per side (default: 256, digits 32)")
+    group.add_argument("--flip", action=argparse.BooleanOptionalAction, help="mirror images, too (default: digits no)")
+    group = parser.add_argument_group("how")
+    group.add_argument("--batch-size", type=whole(1), metavar="N",
+                       help="images that a rank encodes together (default: 32, digits 250)")
+    group.add_argument("--workers", type=whole(0), metavar="N",
+                       help="processes per rank that read image files (default: up to 8)")
+    group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
+    group.add_argument("--dtype", default="float32", choices=["auto", "float32", "bfloat16"],
+                       help="what the VAE computes in; float32, as in the releases, since latents are made once and used "
+                       "in every epoch (default: %(default)s)")
+    extract(parser.parse_args())
 
 
 if __name__ == "__main__":
-    main()
-    end_ranks()
+    run_main(main)

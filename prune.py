@@ -517,7 +517,7 @@ def main():
         fill_defaults(args, MODELS[config["name"]]["recipe"]["prune"], len(latents))
         batches = Batches(latents, args.batch_size, args.accumulate, args.seed, device)
     run, objective = Run(args, device), net.objective()
-    run.say(f"{args.criterion}: {config['name']}, {sum(net.depths())} layers, on {device} in {run.dtype}")
+    run.say(f"{args.criterion}: {config['name']}, {sum(net.depths())} layers, on {device} in {run.dtype_name}")
     kept = CRITERIA[args.criterion](net, objective, batches, scheme, run)
     shallow, config = cut(args, scheme, kept, device)
     loss = calibration_loss(shallow, objective, calibration(objective, batches), run) if batches else None
@@ -578,6 +578,7 @@ class Run:
         self.args, self.device, self.out, self.step = args, device, Path(args.out), 0
         self.fixed = {k: v for k, v in vars(args).items() if k not in FREE}
         self.dtype = choose_dtype(args.dtype, device)
+        self.dtype_name = str(self.dtype).removeprefix("torch.")
         self.stop, self.sums, self.count, self.notes = False, {}, 0, {}
         for name in ("SIGTERM", "SIGUSR1"):
             if hasattr(signal, name):  # Windows has no SIGUSR1
@@ -593,7 +594,7 @@ class Run:
         freeze_linear(net, self.dtype)
         net.checkpointing = self.args.checkpointing
         for block in net.layers() if self.args.compile else []:
-            block.compile()
+            block.forward = compiled(block.forward)
 
     def track(self, optimizer, **contents):
         """Names what a checkpoint must hold, things with a state_dict or plain values, and loads it when resuming."""
@@ -744,6 +745,12 @@ class Run:
         for old in self.out.glob("step-[0-9]*.pt"):
             if int(old.stem[5:]) > self.step:
                 old.unlink()
+
+def compiled(forward):
+    """torch.compile of a block. Its input is made contiguous first: of the patch embedding's transposed tokens, torch
+    2.13's compiled backward pass on the CPU gives wrong gradients."""
+    fast = torch.compile(forward)
+    return lambda x, *conditions: fast(x.contiguous(), *conditions)
 
 class Gradients:
     """The gradients of all parameters, summed over ranks while the backward pass still runs.
