@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 from table import facts_of
 
 COLOURS = ["#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#444444"]
-TITLES = {"fid": "Frechet distance (lower is better)", "images_per_s": "images/s"}
+TITLES = {"fid": "Frechet distance", "images_per_s": "images/s"}
 
 class Axes:
     """A white picture with a title, two named axes with ticks, and places for numbers. log: y is logarithmic."""
@@ -23,11 +23,11 @@ class Axes:
         self.image = Image.new("RGB", size, "white")
         self.draw, self.font = ImageDraw.Draw(self.image), ImageFont.load_default(20)
         self.log, (self.width, self.height) = log, size
-        self.left, self.right, self.top, self.bottom = 110, size[0] - 30, 60, size[1] - 80
+        self.left, self.right, self.top, self.bottom = 110, size[0] - 30, 96, size[1] - 80
         self.x_range, self.y_range = self.span(xs), self.span(ys if not log else [math.log10(y) for y in ys])
         self.draw.text((size[0] / 2, 16), title, "black", ImageFont.load_default(24), anchor="ma")
         self.draw.text(((self.left + self.right) / 2, size[1] - 34), x_name, "black", self.font, anchor="ma")
-        self.draw.text((12, 42), y_name, "black", self.font, anchor="lm")
+        self.draw.text((12, 76), y_name, "black", self.font, anchor="lm")
         for x in ticks(*self.x_range):
             self.draw.line([(self.x(x), self.bottom), (self.x(x), self.bottom + 6)], "black")
             self.draw.text((self.x(x), self.bottom + 10), f"{x:g}", "black", self.font, anchor="ma")
@@ -58,10 +58,13 @@ class Axes:
             self.draw.ellipse([x - 5, y - 5, x + 5, y + 5], colour)
 
     def legend(self, names, colours):
-        for i, (name, colour) in enumerate(zip(names, colours)):
-            y = self.top + 14 + 26 * i
-            self.draw.line([(self.right - 40, y), (self.right - 6, y)], colour, 4)
-            self.draw.text((self.right - 48, y), name, colour, self.font, anchor="rm")
+        """A line above the picture."""
+        x = self.right
+        for name, colour in reversed(list(zip(names, colours))):
+            x -= self.draw.textlength(name, self.font)
+            self.draw.text((x, 76), name, colour, self.font, anchor="lm")
+            self.draw.line([(x - 34, 77), (x - 8, 77)], colour, 4)
+            x -= 56
 
 def ticks(low, high, most=7):
     """Round numbers between low and high."""

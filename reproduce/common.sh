@@ -91,8 +91,8 @@ measure() {
     samples=$1
     if [ ! -e "$samples/fid.json" ] && [ ! -e "$(dirname "$samples")/diverged" ]; then
         draw "$1" "$2"
-        call fid.py "$samples/samples.npz" --ref "$ref" --no-cache --json "$samples/fid.json"
-        rm -f "$samples/samples.npz"
+        call fid.py "$samples/samples.npz" --ref "$ref" --json "$samples/fid.json"
+        rm -f "$samples"/samples.*npz
     fi
 }
 

@@ -1,7 +1,7 @@
 """The losses right after the cuts that `prune.py --criterion lowest-loss` tried: figure 5 of the paper.
 
     python reproduce/histogram.py CUT --layers median         # CUT: an --out of that search; also lowest, highest
-    python reproduce/histogram.py CUT --picture losses.png "learned||DIR"   # DIR: samples of a recovered cut
+    python reproduce/histogram.py CUT "learned||DIR" --picture losses.png   # DIR: samples of a recovered cut
 """
 import argparse
 import json

@@ -7,7 +7,7 @@ steps=${STEPS:-$(size 800 100000)} tune="--mode finetune --steps"
 cut "--scheme $free --criterion lowest-loss --candidates ${CANDIDATES:-$(size 1000 100000)}"
 search=$cut
 # cut_of RANK: the layers of the cut with the highest, median or lowest loss, from the search's log.
-cut_of() { after python reproduce/histogram.py "$search" --layers "$1"; }
+cut_of() { [ ! -e "$search/shallow.pt" ] || python reproduce/histogram.py "$search" --layers "$1"; }
 
 #    row             paper's IS, FID   prune.py                                                                 distill.py
 cell "max. loss"     "- NaN"           "--scheme $free --criterion indices --layers $(cut_of highest)"          "$tune $steps"
@@ -20,4 +20,4 @@ cell "oracle"        "141.18 7.43"     "--scheme $free --criterion oracle"      
 cell "learned"       "151.88 5.73"     "--scheme 1:2"                                                           "$tune $steps"
 
 table "Table 3: loss after the cut, $MODEL, fine-tuned for $steps steps" "IS FID"
-after python reproduce/histogram.py "$search" --picture "$out-losses.png" "${rows[@]}"
+after python reproduce/histogram.py "$search" "${rows[@]}" --picture "$out-losses.png"
