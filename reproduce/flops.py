@@ -21,8 +21,8 @@ def multiply_adds(net, *inputs) -> str:
     return f"{counter.get_total_flops() / 2e9:6.1f} G multiply-adds"
 
 
-for name in ("dit-xl", "dit-d19", "dit-d14", "dit-d7"):
-    net = build_model(name).to("meta")
+for depth in (28, 19, 14, 7):
+    name, net = f"D{depth}", build_model("dit-xl", depth).to("meta")
     inputs = torch.empty(1, 4, 32, 32), torch.empty(1), torch.zeros(1, dtype=torch.long)
     weights, kept = {p.untyped_storage()._cdata for p in net.parameters()}, {}
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.setdefault(t.untyped_storage()._cdata, t.untyped_storage()) and t, lambda t: t):
