@@ -1699,9 +1699,18 @@ def evaluate_digits(samples, ref, **kwargs):
     return fid.evaluate(samples, ref, "digits", CLASSIFIER, **{"cache": False, **kwargs})
 
 
-def run_main(monkeypatch, *argv):
+def run_fid(monkeypatch, *argv):
     monkeypatch.setattr(sys, "argv", ["fid.py", *map(str, argv)])
     fid.main()
+
+
+def run_fid_ranks(folder, *argv, ranks=2, code="fid.main"):
+    """fid.py under torchrun, in a program that may set up each rank before: (exit code, stdout, stderr)."""
+    (folder / "run.py").write_text(f"import os, sys; from pathlib import Path; sys.path.insert(0, {str(ROOT)!r}); import fid\n"
+                                   f"rank, folder = int(os.environ['RANK']), Path({str(folder)!r})\nfid.run_main({code})")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", folder / "run.py", *argv]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=60, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    return done.returncode, done.stdout, done.stderr
 
 
 def test_fid_inception_manifest():
@@ -1725,7 +1734,7 @@ def test_fid_inception_goldens(inception_file, folded):
         net = fid.load_inception(inception_file)
     else:
         net = fid.Inception().eval()
-        fid.load_weights(net, inception_file, "")
+        fid.load_weights(net, inception_file)
     with torch.no_grad():
         for case, seed, size, cell in (("inception_amp_64", 202, 64, 8), ("inception_amp_299", 203, 299, 23)):
             outs = net(torch.from_numpy(inception_image(seed, size, cell)))
@@ -1812,9 +1821,12 @@ def test_fid_digit_classifier_on_held_out_digits():
         assert torch.allclose(net(padded)[0], features, atol=1e-5)
 
 
-def test_fid_train_digits_writes_what_load_digits_reads(tmp_path, capsys):
+def test_fid_train_digits_writes_what_load_digits_reads(tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(ROOT / "reproduce")
+    import train_digit_classifier
+
     data = digits_file(tmp_path / "few.npz", 0, 600)
-    right = fid.train_digits(data, tmp_path / "out/net.pt", seed=0, epochs=1)
+    right = train_digit_classifier.train_digits(data, tmp_path / "out/net.pt", epochs=1)
     assert 0 <= right <= 1 and "of the 60 held-out digits" in capsys.readouterr().out
     assert fid.load_digits(tmp_path / "out/net.pt").head.weight.shape == (10, 64)
     assert [f.name for f in (tmp_path / "out").iterdir()] == ["net.pt"]
@@ -1831,12 +1843,9 @@ def test_fid_does_not_depend_on_batch_size_or_ranks(tmp_path, monkeypatch):
     a, b = digits_file(tmp_path / "a.npz", 0, 201, noise=30), digits_file(tmp_path / "b.npz", 300, 601, compress=True)
     monkeypatch.setattr(fid, "SPLIT", 60)  # so that splits of the Inception Score straddle batches and ranks
     results = [evaluate_digits(a, b, batch_size=size) for size in (1, 64, 500)]
-    (tmp_path / "run.py").write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r}); import fid; fid.SPLIT = 60; fid.main()")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", tmp_path / "run.py", a, "--ref", b,
-               "--weights", CLASSIFIER, "--no-cache", "--json", "--device", "cpu"]
-    run = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert run.returncode == 0, run.stderr
-    results.append(json.loads(run.stdout))
+    code, out, err = run_fid_ranks(tmp_path, a, "--ref", b, "--no-cache", "--json", "--device", "cpu", code="[setattr(fid, 'SPLIT', 60), fid.main][1]")
+    assert code == 0, err
+    results.append(json.loads(out))
     for other in results[1:]:
         for name in ("fid", "is", "precision", "recall", "accuracy"):
             assert other[name] == pytest.approx(results[0][name], rel=1e-6), name
@@ -1881,27 +1890,31 @@ def test_fid_with_inception_and_a_reference_like_adms(tmp_path, inception_file):
     images = inception_image(5, 72, 12, n=6)
     np.savez(tmp_path / "a.npz", arr_0=images)
     np.savez(tmp_path / "b.npz", arr_0=images[:5] // 2)
-    first = fid.evaluate(tmp_path / "a.npz", tmp_path / "b.npz", weights=inception_file, batch_size=4)  # 72 px: Inception
+    first = fid.evaluate(tmp_path / "a.npz", tmp_path / "b.npz", ckpt=inception_file, batch_size=4)  # 72 px: Inception
     assert first["features"] == "inception" and first["fid"] > 0 and first["sfid"] > 0 and first["is"] >= 1
     assert any("FID-50K" in line for line in first["warnings"])
     with np.load(tmp_path / "a.npz.fid-inception.npz") as file:
         ready = {k: file[k] for k in ("mu", "sigma", "mu_s", "sigma_s")}
     np.savez(tmp_path / "virtual.npz", arr_0=images[:5] // 2, **ready)  # its statistics win over those of its images
-    second = fid.evaluate(tmp_path / "a.npz", tmp_path / "virtual.npz", weights=inception_file)
+    second = fid.evaluate(tmp_path / "a.npz", tmp_path / "virtual.npz", ckpt=inception_file)
     assert second["fid"] == pytest.approx(0, abs=1e-6) and second["sfid"] == pytest.approx(0, abs=1e-6)
     assert (second["precision"], second["recall"]) == (first["precision"], first["recall"])
     np.savez(tmp_path / "small.npz", arr_0=images[:, ::2, ::2], mu=ready["mu"], sigma=ready["sigma"])
-    third = fid.evaluate(tmp_path / "a.npz", tmp_path / "small.npz", weights=inception_file, pr=False, cache=False)
+    third = fid.evaluate(tmp_path / "a.npz", tmp_path / "small.npz", ckpt=inception_file, pr=False, cache=False)
     assert any("72x72 but the reference is 36x36" in line for line in third["warnings"]) and "sfid" not in third
 
 
 def test_fid_command_line(tmp_path, monkeypatch, capsys):
     a, b = digits_file(tmp_path / "a.npz", 0, 100), digits_file(tmp_path / "b.npz", 100, 250, arr_1=False)
-    common = (a, "--ref", b, "--weights", CLASSIFIER, "--no-cache", "--device", "cpu")
-    run_main(monkeypatch, *common, "--json")
+    common = (a, "--ref", b, "--ckpt", CLASSIFIER, "--no-cache", "--device", "cpu")
+    monkeypatch.chdir(tmp_path)  # the bundled files are found from anywhere
+    run_fid(monkeypatch, *common, "--json")
     result = json.loads(capsys.readouterr().out)
     assert {"fid", "is", "precision", "recall", "accuracy"} <= set(result) and result["num_samples"] == 100
-    run_main(monkeypatch, *common, "--json", tmp_path / "out.json", "--no-pr")
+    run_fid(monkeypatch, a, "--no-pr", "--json", tmp_path / "named.json", "--no-cache")
+    named = json.loads((tmp_path / "named.json").read_text())
+    assert named["num_ref"] == 10000 and named["ref"] == "digits" and "10000 images" in capsys.readouterr().out
+    run_fid(monkeypatch, *common, "--json", tmp_path / "out.json", "--no-pr")
     table = capsys.readouterr().out
     assert f"{result['fid']:.4f}" in table and "Precision" not in table
     assert json.loads((tmp_path / "out.json").read_text())["fid"] == result["fid"]
@@ -1911,6 +1924,7 @@ def bad_inputs(folder):
     zeros = lambda *shape: np.zeros(shape, np.uint8)
     arrays = {"dtype": {"arr_0": np.zeros((5, 32, 32, 3), np.float32)}, "channels": {"arr_0": zeros(5, 32, 32, 4)},
               "none": {"x": zeros(3)}, "labels": {"arr_0": zeros(5, 32, 32, 3), "arr_1": zeros(4)},
+              "words": {"arr_0": zeros(5, 32, 32, 3), "arr_1": np.array(list("abcde"))},
               "size": {"arr_0": zeros(5, 40, 40, 3)}, "one": {"arr_0": zeros(1, 32, 32, 3)}, "three": {"arr_0": zeros(3, 32, 32)},
               "statistics": {"mu": np.zeros(7), "sigma": np.eye(7)}, "covariance": {"mu": np.zeros(64), "sigma": np.eye(7)},
               "objects": {"arr_0": np.array([{}], dtype=object)}}
@@ -1925,33 +1939,100 @@ def bad_inputs(folder):
     (folder / "broken/b.png").write_bytes(b"not a png")
 
 
-BAD = {"dtype.npz": "must be uint8", "channels.npz": "must be uint8", "none.npz": "neither images", "labels.npz": "labels",
+BAD = {"dtype.npz": "must be uint8", "channels.npz": "must be uint8", "none.npz": "it must hold images", "labels.npz": "labels", "words.npz": "whole number",
        "size.npz": "28x28 or 32x32", "one.npz": "at least 2", "three.npz": "more than 3", "statistics.npz": "7 features",
-       "covariance.npz": "covariance", "objects.npz": "not a readable .npz", "truncated.npz": "truncated",
-       "junk.npz": "not a readable .npz", "empty": "holds 0 images", "broken": "not a readable image", "missing.npz": "no file"}
+       "covariance.npz": "covariance", "objects.npz": "must be uint8", "truncated.npz": "truncated",
+       "junk.npz": "not a readable .npz", "empty": "holds 0 images", "broken": "not a readable image", "missing.npz": "sample.py writes"}
 
 
 @pytest.mark.parametrize("role", ["samples", "ref"])
-def test_fid_bad_input_is_one_sentence(tmp_path, monkeypatch, capsys, role):
+def test_fid_bad_input_is_one_sentence(tmp_path, monkeypatch, role):
     bad_inputs(tmp_path)
     before = sorted(tmp_path.rglob("*"))
     for name, part in BAD.items():
         paths = [tmp_path / name, tmp_path / "good.npz"]
         samples, ref = paths if role == "samples" else paths[::-1]
-        with pytest.raises(SystemExit) as stop:
-            run_main(monkeypatch, samples, "--ref", ref, "--weights", CLASSIFIER, "--no-cache", "--device", "cpu")
-        errors = [x for x in capsys.readouterr().err.splitlines() if not x.startswith("warning: ")]
-        assert stop.value.code == 2 and len(errors) == 1 and part in errors[0], (name, errors)
+        with pytest.raises(fid.UserError) as error:
+            run_fid(monkeypatch, samples, "--ref", ref, "--no-cache", "--device", "cpu")
+        assert part in str(error.value) and "\n" not in str(error.value), (name, error.value)
     assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_fid_bad_options_are_one_sentence(tmp_path, monkeypatch, capsys):
     a = digits_file(tmp_path / "a.npz", 0, 20)
-    for part, *options in (("at least 1", "--batch-size", 0), ("does not hold the weights", "--weights", a),
-                           ("no weights at", "--weights", tmp_path / "no.pt"), ("neither cpu nor cuda", "--device", "tpu"),
-                           ("no weights at", "--features", "inception", "--weights", tmp_path / "no.pth"),
-                           ("cannot write", "--json", a / "out.json")):
+    for part, *options in (("at least 1", "--batch-size", 0), ("does not hold the weights", "--ckpt", a),
+                           ("pt does not exist", "--ckpt", tmp_path / "no.pt"), ("--device tpu is no device", "--device", "tpu"),
+                           ("--device cuda:77 is no device", "--device", "cuda:77"), ("invalid choice", "--features", "vgg"),
+                           ("pth does not exist", "--features", "inception", "--ckpt", tmp_path / "no.pth"),
+                           ("unrecognized", "--weights", "x"), ("cannot write", "--json", a / "out.json")):
         with pytest.raises(SystemExit) as stop:
-            run_main(monkeypatch, a, "--ref", a, "--weights", CLASSIFIER, "--no-cache", "--device", "cpu", *options)
+            fid.run_main(lambda: run_fid(monkeypatch, a, "--ref", a, "--no-cache", "--device", "cpu", *options))
         errors = [x for x in capsys.readouterr().err.splitlines() if not x.startswith("warning: ")]
-        assert stop.value.code == 2 and len(errors) == 1 and part in errors[0], (options, errors)
+        assert stop.value.code == 2 and len(errors) == 1 and errors[0].startswith("error: ") and part in errors[0], (options, errors)
+
+
+class Shop(http.server.BaseHTTPRequestHandler):
+    """Serves /whole, 2 MiB and a bit, and /broken, which says so too but ends after half of it."""
+
+    def do_GET(self):
+        body = bytes(range(256)) * 8200
+        self.send_response(200 if self.path in ("/whole", "/broken") else 404)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.server.asked.append(self.path)
+        self.wfile.write(body if self.path == "/whole" else body[: len(body) // 2])
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def shop():
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Shop)
+    server.asked, server.url = [], f"http://127.0.0.1:{server.server_address[1]}"
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def test_fid_download_is_whole_or_absent(tmp_path, shop):
+    path = tmp_path / "weights/file.pth"
+    for name in ("broken", "missing"):
+        with pytest.raises(fid.UserError, match=f"cannot download .*/{name} .*fetch it by hand and put it at .*file.pth"):
+            fid.fetch(path, f"{shop.url}/{name}")
+        assert list(path.parent.iterdir()) == []
+    for _ in range(2):
+        assert fid.fetch(path, f"{shop.url}/whole").read_bytes() == bytes(range(256)) * 8200
+    assert shop.asked.count("/whole") == 1 and [f.name for f in path.parent.iterdir()] == ["file.pth"]
+
+
+# Two machines with a disk each: every rank says that it is its machine's first.
+OWN_DISK = "lambda: [os.environ.update(LOCAL_RANK='0'), fid.setup('cpu'), {}]"
+
+
+def test_fid_ranks_meet_whatever_is_on_their_disks(tmp_path, shop):
+    """One machine has the weights, the other has not: it downloads them, and neither waits for ever."""
+    (tmp_path / "0").mkdir()
+    shutil.copy(CLASSIFIER, tmp_path / "0/w.pt")
+    fetch = OWN_DISK.format(f"fid.fetch(folder / str(rank) / 'w.pt', '{shop.url}/whole')")
+    assert run_fid_ranks(tmp_path, code=fetch)[0] == 0
+    assert shop.asked == ["/whole"] and (tmp_path / "1/w.pt").stat().st_size == 256 * 8200
+    (tmp_path / "1/w.pt").unlink()
+    code, _, err = run_fid_ranks(tmp_path, code=fetch.replace("whole", "broken"))  # both stop, with the sentence
+    assert code and err.count("error: cannot download") >= 1 and "Traceback" not in err.split("ChildFailedError")[0].split("torch/distributed")[0]
+
+
+def test_fid_a_set_that_one_machine_lacks_stops_all_ranks(tmp_path):
+    (tmp_path / "0").mkdir()
+    digits_file(tmp_path / "0/a.npz", 0, 20)
+    code, _, err = run_fid_ranks(tmp_path, code=OWN_DISK.format("fid.evaluate(folder / str(rank) / 'a.npz', cache=False)"))
+    assert code and "error: " in err and "1/a.npz does not exist" in err
+
+
+def test_fid_a_failing_rank_does_not_wait_for_the_others(tmp_path):
+    """Rank 1 fails while rank 0 sits in a collective: the traceback is out, and torchrun ends the rest."""
+    fail = "fid.dist.barrier() if rank == 0 else 1 / 0"
+    start = time.time()
+    code, _, err = run_fid_ranks(tmp_path, code=OWN_DISK.format(fail))
+    assert code and "ZeroDivisionError" in err and time.time() - start < 40

@@ -1,25 +1,70 @@
-"""Prints a row for each NAME=DIR, and puts their grids side by side: DIR is an --out of sample.py with a fid.json of fid.py --json.
+"""Prints what was measured as a table, and puts the grids of samples side by side.
 
-    python reproduce/table.py out/demo.png teacher=out/sample-teacher student=out/sample
+    python reproduce/table.py "Digits" "teacher||out/sample-teacher" "student||out/sample" --picture out/demo.png
+    python reproduce/table.py "Table 8" "2e-4|207.27 3.73|DIR" "1e-4|194.31 4.10|DIR" --paper "IS FID"
+
+A row is NAME|PAPER|DIR: DIR is an --out of sample.py, with fid.json of fid.py there, and PAPER holds the numbers that the paper has
+for it, one for each name in --paper. They are shown beside ImageNet's only: the digits have other ones.
 """
+import argparse
 import json
-import sys
 from pathlib import Path
 
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 
-picture, *rows = sys.argv[1:]
-grids = []
-print("| | model | depth | parameters | images/s | FID | IS | precision | recall | right digit |")
-print("|---|---|---|---|---|---|---|---|---|---|")
-for row in rows:
-    name, folder = row.split("=", 1)
-    facts = json.loads((Path(folder) / "samples.json").read_text()) | json.loads((Path(folder) / "fid.json").read_text())
-    print(f"| {name} | {facts['model']} | {facts['depth']} | {facts['parameters'] / 1e6:.2f} M | {facts['images_per_s']:.1f} | {facts['fid']:.2f} | "
-          f"{facts['is']:.2f} | {facts['precision']:.3f} | {facts['recall']:.3f} | {100 * facts['accuracy']:.1f} % |")
-    grids.append((f"{name}: {facts['depth']} layers, FID {facts['fid']:.2f}", Image.open(Path(folder) / "grid.png").resize((360, 360), Image.LANCZOS)))
-canvas = Image.new("RGB", (375 * len(grids) + 15, 400), "white")
-for i, (title, grid) in enumerate(grids):
-    canvas.paste(grid, (15 + 375 * i, 30))
-    ImageDraw.Draw(canvas).text((15 + 375 * i, 10), title, fill="black")
-canvas.save(picture)
+COLUMNS = {  # key in samples.json or fid.json -> title, format
+    "depth": ("layers", "{}"), "parameters": ("parameters", "{:.2f} M"), "images_per_s": ("images/s", "{:.1f}"),
+    "cut_loss": ("loss after the cut", "{:.3f}"), "is": ("IS", "{:.2f}"), "fid": ("FID", "{:.2f}"), "sfid": ("sFID", "{:.2f}"),
+    "precision": ("precision", "{:.3f}"), "recall": ("recall", "{:.3f}"), "accuracy": ("right digit", "{:.1%}")}
+
+def facts_of(folder: Path) -> dict:
+    """What is known of a cell: of its samples, and the loss right after its cut, which prune.py logged above."""
+    facts = {}
+    for file in (folder / "samples.json", folder / "fid.json"):
+        facts |= json.loads(file.read_text()) if file.exists() else {}
+    log = next((f / "log.jsonl" for f in folder.parents if (f / "shallow.pt").exists()), None)
+    for line in log.read_text().splitlines() if log else []:
+        facts["cut_loss"] = json.loads(line).get("calibration_loss")
+    if "parameters" in facts:
+        facts["parameters"] /= 1e6
+    return {k: v for k, v in facts.items() if v is not None}
+
+def picture_of(cells: list) -> Image.Image:
+    """The grids of samples, at most four side by side, each under its name."""
+    side, across = 360, min(4, len(cells))
+    canvas = Image.new("RGB", ((side + 15) * across + 15, (side + 45) * -(-len(cells) // across)), "white")
+    for i, (name, facts, folder) in enumerate(cells):
+        x, y = 15 + (side + 15) * (i % across), (side + 45) * (i // across)
+        canvas.paste(Image.open(folder / "grid.png").convert("RGB").resize((side, side), Image.LANCZOS), (x, y + 32))
+        title = f"{name}: {facts['depth']} layers" + (f", FID {facts['fid']:.2f}" if "fid" in facts else "")
+        ImageDraw.Draw(canvas).text((x, y + 6), title, fill="black", font=ImageFont.load_default(17))
+    return canvas
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("title")
+    parser.add_argument("rows", nargs="+", metavar="NAME|PAPER|DIR")
+    parser.add_argument("--paper", default="", help="names of the paper's numbers, like 'IS FID'")
+    parser.add_argument("--picture", type=Path, help="where the grids go")
+    parser.add_argument("--write", type=Path, help="where the table goes, too")
+    args = parser.parse_args()
+    rows = [row.split("|") for row in args.rows]
+    cells = [(name, facts_of(Path(folder)), Path(folder)) for name, _, folder in rows]
+    shown = [k for k in COLUMNS if any(k in facts for _, facts, _ in cells)]
+    beside = args.paper.split() if any("sfid" in facts for _, facts, _ in cells) else []
+    lines = [["", *(COLUMNS[k][0] for k in shown), *(f"paper's {k}" for k in beside)]]
+    lines.append(["---"] * len(lines[0]))
+    for (name, paper, folder), (_, facts, _) in zip(rows, cells):
+        missing = "diverged" if (Path(folder).parent / "diverged").exists() else "-"
+        own = [COLUMNS[k][1].format(facts[k]) if k in facts else missing for k in shown]
+        lines.append([name, *own, *(paper.split() + ["-"] * len(beside))[: len(beside)]])
+    text = f"{args.title}\n\n" + "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+    print(f"\n{text}")
+    if args.write:
+        args.write.write_text(text)
+    drawn = [cell for cell in cells if (cell[2] / "grid.png").exists()]
+    if args.picture and drawn:
+        picture_of(drawn).save(args.picture)
+
+if __name__ == "__main__":
+    main()
