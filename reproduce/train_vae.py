@@ -3,9 +3,9 @@
     python reproduce/train_vae.py                     # -> weights/vae-digits.pt
     python reproduce/train_vae.py --out vae.pt        # then: python extract_latents.py --ckpt vae.pt
 
-Learns from 9,000 digits and prints its PSNR on the other 1,000. The scale that latents are multiplied by, for a standard
-deviation of 1, is measured at the end and stored with the weights. Training on latents of another VAE starts anew: the
-bundled networks fit the bundled one.
+Learns from 9,000 digits and prints its PSNR on the other 1,000. The scale that latents are multiplied by, for a
+standard deviation of 1, is measured at the end and stored with the weights. Networks fit the VAE that they were trained
+with: the bundled ones fit the bundled one.
 """
 import sys
 from pathlib import Path
@@ -20,7 +20,7 @@ from extract_latents import DIGITS, VAES, AutoencoderKL, read_npz  # noqa: E402
 from model import ROOT, Parser, Progress, UserError, mix, run_main, save_checkpoint, start_ranks, whole  # noqa: E402
 
 def train_vae(data, out, device, seed=0, steps=1500, batch=64, kl_weight=1e-3, lr=2e-3):
-    """L1 + MSE + kl_weight * KL (each a mean over its values), AdamW, one-cycle learning rate, average of the weights."""
+    """L1 + MSE + kl_weight * KL (means over all values), AdamW, one-cycle learning rate, average of the weights."""
     images, _, _ = read_npz(data)
     if images.shape[1:] != (28, 28):
         raise UserError(f"{data} holds images {images.shape[1:]}; give --data with grey digits of 28x28 pixels")
