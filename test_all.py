@@ -1792,13 +1792,23 @@ def run_fid(monkeypatch, *argv):
     fid.main()
 
 
-def run_fid_ranks(folder, *argv, ranks=2, code="fid.main"):
-    """fid.py under torchrun, in a program that may set up each rank before: (exit code, stdout, stderr)."""
-    (folder / "run.py").write_text(f"import os, sys; from pathlib import Path; sys.path.insert(0, {str(ROOT)!r}); import fid\n"
-                                   f"rank, folder = int(os.environ['RANK']), Path({str(folder)!r})\nfid.run_main({code})")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", folder / "run.py", *argv]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=60, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    return done.returncode, done.stdout, done.stderr
+def on_two_machines(folder, code):
+    """Runs code(rank, folder) in two processes, each its machine's first: [(exit code, stderr), ...]. None may wait for ever."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        master = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(s.getsockname()[1]))
+    program = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import fid; fid.run_main(lambda: {code})"
+    started = []
+    for rank in (0, 1):
+        environment = {**os.environ, **master, "WORLD_SIZE": "2", "LOCAL_RANK": "0", "RANK": str(rank), "OMP_NUM_THREADS": "1"}
+        setup = f"from pathlib import Path; rank, folder = {rank}, Path({str(folder)!r})\n"
+        started.append(subprocess.Popen([sys.executable, "-c", setup + program], env=environment, stderr=subprocess.PIPE, text=True))
+    try:
+        errors = [p.communicate(timeout=100)[1] for p in started]
+    finally:
+        for p in started:
+            p.kill()
+    return [(p.returncode, err) for p, err in zip(started, errors)]
 
 
 def test_fid_inception_manifest():
@@ -1931,9 +1941,10 @@ def test_fid_does_not_depend_on_batch_size_or_ranks(tmp_path, monkeypatch):
     a, b = digits_file(tmp_path / "a.npz", 0, 201, noise=30), digits_file(tmp_path / "b.npz", 300, 601, compress=True)
     monkeypatch.setattr(fid, "SPLIT", 60)  # so that splits of the Inception Score straddle batches and ranks
     results = [evaluate_digits(a, b, batch_size=size) for size in (1, 64, 500)]
-    code, out, err = run_fid_ranks(tmp_path, a, "--ref", b, "--no-cache", "--json", "--device", "cpu", code="[setattr(fid, 'SPLIT', 60), fid.main][1]")
-    assert code == 0, err
-    results.append(json.loads(out))
+    (tmp_path / "run.py").write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r}); import fid; fid.SPLIT = 60; fid.run_main(fid.main)")
+    done = launch(tmp_path / "run.py", a, "--ref", b, "--no-cache", "--json", "--device", "cpu", ranks=2)
+    assert done.returncode == 0, done.stderr
+    results.append(json.loads(done.stdout))
     for other in results[1:]:
         for name in ("fid", "is", "precision", "recall", "accuracy"):
             assert other[name] == pytest.approx(results[0][name], rel=1e-6), name
@@ -1989,7 +2000,7 @@ def test_fid_with_inception_and_a_reference_like_adms(tmp_path, inception_file):
     assert (second["precision"], second["recall"]) == (first["precision"], first["recall"])
     np.savez(tmp_path / "small.npz", arr_0=images[:, ::2, ::2], mu=ready["mu"], sigma=ready["sigma"])
     third = fid.evaluate(tmp_path / "a.npz", tmp_path / "small.npz", ckpt=inception_file, pr=False, cache=False)
-    assert any("72x72 but the reference is 36x36" in line for line in third["warnings"]) and "sfid" not in third
+    assert any("(72, 72), the reference (36, 36)" in line for line in third["warnings"]) and "sfid" not in third
 
 
 def test_fid_command_line(tmp_path, monkeypatch, capsys):
@@ -2028,7 +2039,7 @@ def bad_inputs(folder):
 
 
 BAD = {"dtype.npz": "must be uint8", "channels.npz": "must be uint8", "none.npz": "it must hold images", "labels.npz": "labels", "words.npz": "whole number",
-       "size.npz": "28x28 or 32x32", "one.npz": "at least 2", "three.npz": "more than 3", "statistics.npz": "7 features",
+       "size.npz": "28x28 or 32x32", "one.npz": "must be uint8", "three.npz": "more than 3", "statistics.npz": "7 features",
        "covariance.npz": "covariance", "objects.npz": "must be uint8", "truncated.npz": "truncated",
        "junk.npz": "not a readable .npz", "empty": "holds 0 images", "broken": "not a readable image", "missing.npz": "sample.py writes"}
 
@@ -2048,9 +2059,9 @@ def test_fid_bad_input_is_one_sentence(tmp_path, monkeypatch, role):
 
 def test_fid_bad_options_are_one_sentence(tmp_path, monkeypatch, capsys):
     a = digits_file(tmp_path / "a.npz", 0, 20)
-    for part, *options in (("at least 1", "--batch-size", 0), ("does not hold the weights", "--ckpt", a),
-                           ("pt does not exist", "--ckpt", tmp_path / "no.pt"), ("--device tpu is no device", "--device", "tpu"),
-                           ("--device cuda:77 is no device", "--device", "cuda:77"), ("invalid choice", "--features", "vgg"),
+    for part, *options in (("at least 1", "--batch-size", 0), ("holds no weights", "--ckpt", a),
+                           ("pt does not exist", "--ckpt", tmp_path / "no.pt"), ("--device tpu means tpu, but", "--device", "tpu"),
+                           ("but this machine has cpu", "--device", "cuda:77"), ("invalid choice", "--features", "vgg"),
                            ("pth does not exist", "--features", "inception", "--ckpt", tmp_path / "no.pth"),
                            ("unrecognized", "--weights", "x"), ("cannot write", "--json", a / "out.json")):
         with pytest.raises(SystemExit) as stop:
@@ -2095,32 +2106,39 @@ def test_fid_download_is_whole_or_absent(tmp_path, shop):
     assert shop.asked.count("/whole") == 1 and [f.name for f in path.parent.iterdir()] == ["file.pth"]
 
 
-# Two machines with a disk each: every rank says that it is its machine's first.
-OWN_DISK = "lambda: [os.environ.update(LOCAL_RANK='0'), fid.setup('cpu'), {}]"
-
-
 def test_fid_ranks_meet_whatever_is_on_their_disks(tmp_path, shop):
-    """One machine has the weights, the other has not: it downloads them, and neither waits for ever."""
+    """One machine has the weights, the other has not: it downloads them, or both stop."""
     (tmp_path / "0").mkdir()
     shutil.copy(CLASSIFIER, tmp_path / "0/w.pt")
-    fetch = OWN_DISK.format(f"fid.fetch(folder / str(rank) / 'w.pt', '{shop.url}/whole')")
-    assert run_fid_ranks(tmp_path, code=fetch)[0] == 0
+    fetch = "[fid.setup('cpu'), fid.fetch(folder / str(rank) / 'w.pt', '{}')]"
+    assert [code for code, _ in on_two_machines(tmp_path, fetch.format(shop.url + "/whole"))] == [0, 0]
     assert shop.asked == ["/whole"] and (tmp_path / "1/w.pt").stat().st_size == 256 * 8200
     (tmp_path / "1/w.pt").unlink()
-    code, _, err = run_fid_ranks(tmp_path, code=fetch.replace("whole", "broken"))  # both stop, with the sentence
-    assert code and err.count("error: cannot download") >= 1 and "Traceback" not in err.split("ChildFailedError")[0].split("torch/distributed")[0]
+    for code, err in on_two_machines(tmp_path, fetch.format(shop.url + "/broken")):
+        assert code == 2 and err.count("error: cannot download") == 1
 
 
 def test_fid_a_set_that_one_machine_lacks_stops_all_ranks(tmp_path):
     (tmp_path / "0").mkdir()
     digits_file(tmp_path / "0/a.npz", 0, 20)
-    code, _, err = run_fid_ranks(tmp_path, code=OWN_DISK.format("fid.evaluate(folder / str(rank) / 'a.npz', cache=False)"))
-    assert code and "error: " in err and "1/a.npz does not exist" in err
+    for code, err in on_two_machines(tmp_path, "fid.evaluate(folder / str(rank) / 'a.npz', cache=False, device=fid.setup('cpu'))"):
+        assert code == 2 and err.startswith("error: ") and "1/a.npz does not exist" in err
 
 
-def test_fid_a_failing_rank_does_not_wait_for_the_others(tmp_path):
-    """Rank 1 fails while rank 0 sits in a collective: the traceback is out, and torchrun ends the rest."""
-    fail = "fid.dist.barrier() if rank == 0 else 1 / 0"
-    start = time.time()
-    code, _, err = run_fid_ranks(tmp_path, code=OWN_DISK.format(fail))
-    assert code and "ZeroDivisionError" in err and time.time() - start < 40
+def test_fid_leaves_the_group_only_after_success(monkeypatch, capsys):
+    """The others may sit in a collective, where nccl would let a failing rank wait for them before it says why."""
+    calls = []
+    monkeypatch.setattr(fid.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(fid.dist, "barrier", lambda: calls.append("barrier"))
+    monkeypatch.setattr(fid.dist, "destroy_process_group", lambda: calls.append("leave"))
+
+    def fail(error):
+        raise error
+
+    with pytest.raises(ZeroDivisionError):
+        fid.run_main(lambda: fail(ZeroDivisionError()))
+    with pytest.raises(SystemExit) as stop:
+        fid.run_main(lambda: fail(fid.UserError("do this")))
+    assert stop.value.code == 2 and capsys.readouterr().err == "error: do this\n" and calls == []
+    fid.run_main(lambda: None)
+    assert calls == ["barrier", "leave"]
