@@ -353,9 +353,9 @@ def test_draw_mixes_data_and_noise_as_the_process_says(name):
 
 @torch.no_grad()
 @pytest.mark.parametrize("method, case, tolerance", [
-    ("euler", "euler", 1e-5), ("heun", "heun2", 1e-5), ("dopri5", "dopri5", 2e-3)])
+    ("euler", "euler", 1e-5), ("heun", "heun2", 1e-5), ("dopri5", "dopri5", 5e-4)])
 def test_sit_ode(method, case, tolerance):
-    """The release's dopri5 chooses other steps than scipy's RK45: they agree to within the tolerances of both."""
+    """The golden dopri5 is 1.1e-4 from the exact solution, at its tolerance of 1e-3: so near must scipy's RK45 come."""
     g, net = golden(f"sit_ode_{case}"), fill(build_model("sit-tiny", 4, **DIT_GOLDEN))
     times = []
 
