@@ -184,7 +184,7 @@ def load_teacher(args, net, config, device):
     kind = lambda n: (type(n), n.channels, n.classes, n.input_size)
     if kind(teacher) != kind(net):
         raise UserError(f"{source} is another kind of network than the student; give one of {config['name']}'s kind")
-    return teacher.requires_grad_(False)
+    return teacher
 
 def main():
     """Load student and teacher, train, write student.pt and loss.png."""
@@ -207,7 +207,7 @@ def main():
         if widths[0] != widths[1]:
             raise UserError(f"hidden states of width {widths[0]} and {widths[1]} do not compare; use --mode logits-kd")
     if teacher:
-        run.prepare(teacher)
+        run.prepare(teacher.requires_grad_(False))
     size = sum(p.numel() for p in net.parameters()) / 1e6
     run.say(f"{args.mode}: {config['name']}, {sum(net.depths())} layers, {size:.2f} M parameters, {args.steps} steps "
             f"of {args.batch_size}, on {device} in {run.dtype_name}")

@@ -259,10 +259,10 @@ def mean_scores(net, objective, batches, run, measure) -> list:
     layers, draws = net.layers(), calibration(objective, batches)
     sums = torch.zeros(len(layers), dtype=torch.float64, device=run.device)
 
-    def add(i):
-        return lambda layer, inputs, out: sums[i].add_(measure(inputs[0].float(), out.float()).sum()) and None
+    def add(layer, inputs, out):
+        sums[layers.index(layer)] += measure(inputs[0].float(), out.float()).sum()
 
-    hooks = [layer.register_forward_hook(add(i)) for i, layer in enumerate(layers)]
+    hooks = [layer.register_forward_hook(add) for layer in layers]
     calibration_loss(net, objective, draws, run)
     for hook in hooks:
         hook.remove()
@@ -272,8 +272,9 @@ def keep_best(scores: list, scheme: list, run) -> list:
     """The N layers of each group that score highest."""
     run.say("scores " + " ".join(f"{i}({score:.4g})" for i, score in enumerate(scores)))
     run.write(step=0, scores=scores)
-    best = lambda first, n, m: sorted(range(first, first + m), key=lambda i: -scores[i])[:n]
-    return [i for group in groups_of(scheme) for i in sorted(best(*group))]
+    best = np.argsort(scores)[::-1].tolist()  # first the layers without which the loss is not even a number
+    kept = [[i for i in best if first <= i < first + m][:n] for first, n, m in groups_of(scheme)]
+    return sorted(itertools.chain(*kept))
 
 def block_influence(net, objective, batches, scheme, run) -> list:
     """ShortGPT (Men et al. 2024): a layer matters as much as it turns the hidden state, 1 - cos(input, output)."""
@@ -315,6 +316,8 @@ def probe(net, objective, batches, scheme, run) -> list:
     A least-squares map A from the span's input x to its output y leaves the share |y - A x|^2 / |y|^2 unexplained.
     """
     spans = [(a, a + m - n - 1) for first, n, m in groups_of(scheme) if n < m for a in range(first, first + n + 1)]
+    if not spans:
+        return list(range(sum(net.depths())))
     states = {}
     hooks = [layer.register_forward_hook(lambda layer, inputs, out, i=i: states.update({i: (inputs[0], out)}))
              for i, layer in enumerate(net.layers())]
@@ -354,7 +357,7 @@ def lowest_loss(net, objective, batches, scheme, run) -> list:
         with keeping(net, kept):
             losses.append(calibration_loss(net, objective, draws, run))
         progress.update(len(losses))
-    order = sorted(range(len(cuts)), key=losses.__getitem__)
+    order = np.argsort(losses, kind="stable")  # what is not a number goes last
     for what, i in (("lowest", order[0]), ("median", order[len(order) // 2]), ("highest", order[-1])):
         run.say(f"{what} of {len(cuts):,} of {total:,} cuts: {losses[i]:.4f}, layers {' '.join(map(str, cuts[i]))}")
     run.write(step=0, cuts=cuts, losses=losses)
@@ -421,7 +424,7 @@ def half_state(state: dict, half: str) -> dict:
     """A block's weights -> those of its half. The modulation's first rows are the attention's, the others the MLP's."""
     norm = {"attn": "norm1", "mlp": "norm2"}[half]
     own = {k: v for k, v in state.items() if k.split(".")[0] in (half, norm)}
-    return own | {k: v.chunk(2)[HALVES.index(half)] for k, v in state.items() if k.startswith("adaLN")}
+    return own | {k: v.chunk(2)[HALVES.index(half)].clone() for k, v in state.items() if k.startswith("adaLN")}
 
 def set_blocks(net, name: str, states: list):
     """Fills a list of the network with blocks that hold the given weights."""
@@ -580,9 +583,6 @@ class Run:
         self.dtype = choose_dtype(args.dtype, device)
         self.dtype_name = str(self.dtype).removeprefix("torch.")
         self.stop, self.sums, self.count, self.notes = False, {}, 0, {}
-        for name in ("SIGTERM", "SIGUSR1"):
-            if hasattr(signal, name):  # Windows has no SIGUSR1
-                signal.signal(getattr(signal, name), self.ask_to_stop)
         self.saved = self.find_checkpoint()
         barrier()  # all have read what rank 0 may now delete
         if rank() == 0:
@@ -632,6 +632,9 @@ class Run:
         self.notes["lr"] = optimizer.param_groups[0]["lr"]
 
     def __iter__(self):
+        for name in ("SIGTERM", "SIGUSR1"):
+            if hasattr(signal, name):  # Windows has no SIGUSR1
+                signal.signal(getattr(signal, name), self.ask_to_stop)
         args, first, started = self.args, self.step, time.time()
         progress = Progress(self.out.name, args.steps, "steps", first)
         for step in range(first, args.steps):

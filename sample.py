@@ -11,11 +11,8 @@ samples.json (model, depth, parameters, settings, images/s) and grid.png, one ro
 
 Read: the Gaussian process (ddpm, ddim); the interpolant (sde-*, ode-*); masked tokens (mar); images and files; the run.
 """
-import argparse
 import json
 import math
-import re
-import struct
 import time
 import zipfile
 from pathlib import Path
@@ -26,25 +23,27 @@ from PIL import Image
 from scipy.integrate import solve_ivp
 
 from extract_latents import VAES, decode_images, load_vae
-from model import (MODELS, SAFETENSORS_TYPES, GaussianDiffusion, Parser, Progress, RowNoise, UserError, autocast,
-                   barrier, choose_dtype, freeze_linear, gather_tokens, load_model, rank, real, run_main,
-                   save_checkpoint, start_ranks, whole, world_size, write_whole)
+from model import (
+    MODELS, SAFETENSORS_TYPES, GaussianDiffusion, Parser, Progress, RowNoise, UserError, autocast, barrier,
+    choose_dtype, freeze_linear, gather_tokens, load_model, rank, real, run_main, save_checkpoint, start_ranks, whole,
+    world_size, write_whole)
 
 BLOCK = 16  # images that share a noise generator
+PART = ".samples-{}.tmp"  # a rank's images, in a file of its own: machines that write into one file can lose parts
+STUDENT = "out/distill/student.pt"
 SILENT = lambda step, steps: None
 
 # ---------------------------------------------------------------------------------------------------------------------
-# A sampler makes latents (B, C, H, W) of labels y (B,) and a RowNoise of B rows. A model's own settings are in its row
-# of MODELS. First the Gaussian process, backwards: x (N, C, ...), the network's answer out (N, 2C, ...), t (N,).
+# Samplers: labels y (B,) and a RowNoise of B rows -> latents (B, C, H, W). A model's own settings are in its row of
+# MODELS. First the Gaussian process, backwards: x (N, C, ...), the network's answer out (N, 2C, ...), t (N,).
 
 def guide(predict, x, t, y, null, scale, channels):
     """Classifier-free guidance: the prediction at y, its first `channels` pushed away from the prediction at `null`.
 
-    DiT and SiT guide 3 of 4 latent channels, as their releases do; the fourth, and the variances, stay as predicted at
-    y. Whatever type the network computes in, the sampler's arithmetic is float32.
+    DiT and SiT guide 3 of 4 latent channels, as their releases do; the fourth, and the variances, stay as predicted.
     """
     if scale == 1:
-        return predict(x, t, y).float()
+        return predict(x, t, y).float()  # the sampler's arithmetic is float32
     out = predict(torch.cat([x, x]), torch.cat([t, t]), torch.cat([y, torch.full_like(y, null)]))
     cond, uncond = out.float().chunk(2)
     guided = uncond[:, :channels] + scale * (cond[:, :channels] - uncond[:, :channels])
@@ -68,8 +67,8 @@ def sample_loop(process, predict, x, draw, sampler="ddpm", temperature=1.0, on_s
     for i in reversed(range(process.steps)):
         t = torch.full((len(x),), i, device=x.device)
         out = predict(x, torch.full_like(t, process.timestep_map[i]))
-        ddim = sampler == "ddim"
-        x = ddim_step(process, out, x, t) if ddim else ancestral_step(process, out, x, t, draw(), temperature)
+        x = (ddim_step(process, out, x, t) if sampler == "ddim"
+             else ancestral_step(process, out, x, t, draw(), temperature))
         on_step(process.steps - i, process.steps)
     return x
 
@@ -91,8 +90,7 @@ DIFFUSION_FORMS = {  # SiT (Ma et al. 2024), table 3 and its release: w(t) of th
     "increasing-decreasing": lambda t: torch.sin(math.pi * t) ** 2,
 }
 
-def score_of(velocity, x, t):
-    """Score from velocity on the linear path: (t v - x) / ((1 - t)^2 + t (1 - t))."""
+def score_of(velocity, x, t):  # on this path
     return (t * velocity - x) / ((1 - t) ** 2 + t * (1 - t))
 
 def integrate_sde(velocity, x, steps, draw, method="euler", diffusion_form="sigma", last_step="mean",
@@ -108,74 +106,65 @@ def integrate_sde(velocity, x, steps, draw, method="euler", diffusion_form="sigm
     weight = DIFFUSION_FORMS[diffusion_form]
     grid = torch.linspace(1e-3 if diffusion_form == "SBDM" else 0.0, 1 - last_step_size, steps, device=x.device)
     dt = grid[1] - grid[0]
-    column = lambda t: t.expand(len(x)).view(-1, *[1] * (x.ndim - 1))  # () -> (B, 1, ...)
 
     def drift(x, t):
         v = velocity(x, t.expand(len(x)))
-        return v + weight(column(t)) * score_of(v, x, column(t))
+        return v + weight(t) * score_of(v, x, t)
 
     for i, t in enumerate(grid[:-1]):
-        noise = (2 * weight(column(t))).sqrt() * draw() * dt.sqrt()
+        noise = (2 * weight(t)).sqrt() * draw() * dt.sqrt()
         if method == "heun":
             x = x + noise
             first = drift(x, t)
             x = x + 0.5 * dt * (first + drift(x + dt * first, t + dt))
         else:
             x = x + drift(x, t) * dt + noise
-        on_step(i + 1, steps)
-    t = grid[-1]
+        on_step(i + 1, steps - 1)
     if last_step == "none":
         return x
-    if last_step == "mean":
-        return x + drift(x, t) * last_step_size
+    t = grid[-1]
     v = velocity(x, t.expand(len(x)))
-    if last_step == "euler":
-        return x + v * last_step_size
-    return x / t + (1 - t) ** 2 / t * score_of(v, x, column(t))  # tweedie
+    score = score_of(v, x, t)
+    if last_step == "tweedie":
+        return x / t + (1 - t) ** 2 / t * score
+    return x + (v + weight(t) * score if last_step == "mean" else v) * last_step_size
 
-def integrate_ode(velocity, x, steps, method, on_step=SILENT):
-    """dx/dt = velocity(x, t) from t = 0 to 1: Euler or Heun on `steps` grid points."""
+def integrate_ode(velocity, x, steps, method, on_step=SILENT, atol=1e-6, rtol=1e-3):
+    """dx/dt = velocity(x, t) from t = 0 to 1: Euler or Heun on `steps` grid points, or dopri5 in steps of its own.
+
+    dopri5 is scipy's RK45: the pair of Dormand & Prince, as in the release. It holds the state on the host: from a GPU
+    it travels at each call. A batch shares its steps: an image depends on its companions, to within the tolerances.
+    """
     call = lambda x, t: velocity(x, torch.full((len(x),), float(t), device=x.device))
+
+    def slope(t, state):
+        on_step(int(999 * t), 1000)
+        v = call(torch.from_numpy(state).to(x).view_as(x), t)
+        if not v.isfinite().all():
+            raise UserError(f"the network's output at t = {t:.3f} is not finite; take weights from before it diverged")
+        return v.flatten().cpu().numpy()
+
+    if method == "dopri5":
+        states = solve_ivp(slope, (0, 1), x.double().flatten().cpu().numpy(), method="RK45", atol=atol, rtol=rtol).y
+        on_step(1000, 1000)
+        return torch.from_numpy(states[:, -1]).to(x).view_as(x)
     grid = np.linspace(0, 1, steps, dtype=np.float32)
     for i, (t, t_next) in enumerate(zip(grid, grid[1:])):
-        dt = float(t_next - t)
-        first = call(x, t)
+        dt, first = float(t_next - t), call(x, t)
         x = x + dt * ((first + call(x + dt * first, t_next)) / 2 if method == "heun" else first)
         on_step(i + 1, steps - 1)
     return x
 
-def integrate_dopri5(velocity, x, on_step=SILENT, atol=1e-6, rtol=1e-3):
-    """The same with steps of its own choice: scipy's RK45 is the pair of Dormand & Prince, as in the release's solver.
-
-    scipy holds the state on the host, in float64: from a GPU it travels there and back at each call. All images share
-    their steps, so one depends on its batch companions, to within the tolerances.
-    """
-    def slope(t, state):
-        on_step(int(1000 * t), 1000)
-        state = torch.from_numpy(state).to(x).view_as(x)
-        v = velocity(state, torch.full((len(x),), t, device=x.device)).flatten().cpu().numpy()
-        if not np.isfinite(v).all():
-            raise UserError(f"the network's output at t = {t:.3f} is not finite; take weights from before it diverged")
-        return v
-
-    result = solve_ivp(slope, (0, 1), x.flatten().cpu().numpy().astype(np.float64), "RK45", (1,), atol=atol, rtol=rtol)
-    return torch.from_numpy(result.y).to(x).view_as(x)
-
 def sample_interpolant(net, y, noise, sampler, steps, guidance, guidance_channels, on_step=SILENT, **sde):
     """sde-euler, sde-heun, ode-euler, ode-heun, ode-dopri5. steps: grid points; of 20, 19 steps and the SDE's last."""
-    check_number(steps, 2)
+    if steps < 2:
+        raise UserError(f"--steps {steps}: the grid needs its two ends; give 2 or more")
     draw = lambda: noise.normal(net.channels, net.input_size, net.input_size)
     velocity = lambda x, t: guide(net, x, t, y, net.classes, guidance, guidance_channels)
     kind, method = sampler.split("-")
     if kind == "sde":
         return integrate_sde(velocity, draw(), steps, draw, method, **sde, on_step=on_step)
-    if method == "dopri5":
-        return integrate_dopri5(velocity, draw(), on_step)
     return integrate_ode(velocity, draw(), steps, method, on_step)
-
-def check_number(steps, least):
-    if not isinstance(steps, int) or steps < least:
-        raise UserError(f"--steps {steps}: this sampler takes a whole number, {least} or more")
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Masked tokens (MAR, Li et al. 2024): each round fills in some, by a small diffusion for each token.
@@ -190,7 +179,6 @@ def mar_schedule(tokens: int, rounds: int) -> list:
 
 def sample_tokens(net, y, noise, sampler, steps, guidance, guidance_schedule, temperature, token_steps, on_step=SILENT):
     """mar. steps: rounds; token_steps: diffusion steps per token. The linear schedule guides the last round most."""
-    check_number(steps, 1)
     order = noise.uniform(net.tokens).argsort(dim=1)  # (B, T): each row fills in its tokens in an order of its own
     process = GaussianDiffusion("cosine", str(token_steps))
     tokens = torch.zeros(len(y), net.tokens, net.token_dim, device=y.device)
@@ -219,53 +207,49 @@ SAMPLERS = dict(ddpm=sample_gaussian, ddim=sample_gaussian, mar=sample_tokens)
 SAMPLERS |= dict.fromkeys(["sde-euler", "sde-heun", "ode-euler", "ode-heun", "ode-dopri5"], sample_interpolant)
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Images and files.
+# The run: images and files, flags, and what happens in order.
 
 @torch.inference_mode()
-def sample_images(net, vae, labels, start: int, settings: dict, seed: int, device, dtype, on_step=SILENT) -> np.ndarray:
+def sample_images(net, vae, labels, start, settings, seed, device, dtype, on_step=SILENT) -> np.ndarray:
     """Images start, start + 1, ... of the seed's stream, of classes labels (B,) -> uint8 (B, H, W, 3)."""
-    noise = RowNoise((seed,), start, start + len(labels), BLOCK, device)
+    noise, y = RowNoise((seed,), start, start + len(labels), BLOCK, device), torch.as_tensor(labels, device=device)
     with autocast(device, dtype):
-        z = SAMPLERS[settings["sampler"]](net, torch.as_tensor(labels, device=device), noise, **settings, on_step=on_step)
+        z = SAMPLERS[settings["sampler"]](net, y, noise, **settings, on_step=on_step)
     return decode_images(vae, z)
 
-def part_of(out: Path, r: int) -> Path:
-    """Where rank r writes its images: a file of its own, since machines that write into one file can lose parts."""
-    return out / f".samples-{r}.tmp"
-
 def join_parts(out: Path, labels, size: int):
-    """Rank 0: the images of all ranks -> samples.npz and grid.png. They are mapped: 50,000 of 256x256 are 10 GB."""
-    parts = [part for part in (part_of(out, r) for r in range(world_size())) if part.exists() and part.stat().st_size]
+    """Rank 0: all ranks' images -> samples.npz, uncompressed, and grid.png. Mapped: 50,000 of 256x256 are 10 GB."""
+    parts = [part for r in range(world_size()) if (part := out / PART.format(r)).exists() and part.stat().st_size]
     images = [v for part in parts for v in np.asarray(np.memmap(part, np.uint8, "r")).reshape(-1, size, size, 3)]
     if len(images) != len(labels):
         raise UserError(f"{out} holds {len(images)} of {len(labels)} images; give an --out that all ranks see")
-    write_whole(out / "samples.npz", lambda temporary: write_npz(temporary, images, labels))
-    grid_of(images, labels).save(out / "grid.png")
-    for part in out.glob(".samples-*.tmp"):
-        part.unlink()
 
-def write_npz(path, images, labels):
-    """Image by image, and uncompressed, so that fid.py can map it."""
-    header = dict(descr="|u1", fortran_order=False, shape=(len(images), *images[0].shape))
-    with zipfile.ZipFile(path, "w") as archive:
-        with archive.open("arr_0.npy", "w", force_zip64=True) as f:
-            np.lib.format.write_array_header_1_0(f, header)
-            for image in images:
-                f.write(image)
-        with archive.open("arr_1.npy", "w") as f:
-            np.lib.format.write_array(f, labels)
+    def write(temporary):
+        with zipfile.ZipFile(temporary, "w") as archive:
+            with archive.open("arr_0.npy", "w", force_zip64=True) as f:
+                header = dict(descr="|u1", fortran_order=False, shape=(len(images), size, size, 3))
+                np.lib.format.write_array_header_1_0(f, header)
+                for image in images:
+                    f.write(image)
+            with archive.open("arr_1.npy", "w") as f:
+                np.lib.format.write_array(f, labels)
+
+    write_whole(out / "samples.npz", write)
+    grid_of(images, labels).save(out / "grid.png")
+    for part in out.glob(PART.format("*")):
+        part.unlink()
 
 def grid_of(images, labels, rows: int = 10, columns: int = 10) -> Image.Image:
     """One row per class (the first `rows` classes), white lines between."""
     classes = sorted(list(dict.fromkeys(labels.tolist()))[:rows])
-    columns = min(columns, max((labels == c).sum() for c in classes))
+    members = [np.flatnonzero(labels == c)[:columns] for c in classes]
     H, W = images[0].shape[:2]
-    canvas = np.full((len(classes) * (H + 2) + 2, columns * (W + 2) + 2, 3), 255, np.uint8)
-    for r, c in enumerate(classes):
-        for j, i in enumerate(np.flatnonzero(labels == c)[:columns]):
+    canvas = np.full((len(classes) * (H + 2) + 2, max(map(len, members)) * (W + 2) + 2, 3), 255, np.uint8)
+    for r, row in enumerate(members):
+        for j, i in enumerate(row):
             canvas[2 + r * (H + 2) :, 2 + j * (W + 2) :][:H, :W] = images[i]
     zoom = max(1, 64 // H)
-    return Image.fromarray(canvas).resize((canvas.shape[1] * zoom, canvas.shape[0] * zoom), Image.NEAREST)
+    return Image.fromarray(canvas.repeat(zoom, axis=0).repeat(zoom, axis=1))
 
 def export(path: Path, net, config: dict, dtype):
     """The weights alone: .safetensors (8 bytes of header length, a JSON header, raw bytes), else our own format."""
@@ -277,33 +261,26 @@ def export(path: Path, net, config: dict, dtype):
     for k, v in state.items():
         header[k] = dict(dtype=code, shape=list(v.shape), data_offsets=[end, end := end + v.nbytes])
     text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    raw = b"".join(v.flatten().view(torch.uint8).numpy().data for v in state.values())
-    write_whole(path, lambda temporary: temporary.write_bytes(struct.pack("<Q", len(text)) + text + raw))
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The run.
-
-def spacing(text: str):
-    """A type for argparse: "250" -> 250; "ddim50" as it is (see `respace`)."""
-    if not re.fullmatch("(ddim)?[1-9][0-9]*", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of steps like 50 or ddim50")
-    return text if text.startswith("ddim") else int(text)
+    text = text.ljust(8 * -(-len(text) // 8))
+    raw = [v.flatten().view(torch.uint8).numpy() for v in state.values()]
+    write_whole(path, lambda temporary: temporary.write_bytes(b"".join([len(text).to_bytes(8, "little"), text, *raw])))
 
 def parse_arguments():
     parser = Parser(__doc__)
+    spacing = lambda text: text if text[:4] == "ddim" and text[4:].isdecimal() else whole(1)(text)  # see `respace`
+    class_list = lambda text: [whole(0)(part) for part in text.split(",")]
     add = parser.add_argument_group("what").add_argument
     add("--model", metavar="NAME", help="a model with weights of its own, like dit-xl; or which one --ckpt holds")
-    add("--ckpt", metavar="FILE|URL", help="a checkpoint (default without --model: out/distill/student.pt)")
-    add("--weights", choices=["ema", "model"], default="ema", help="averaged or raw, where a file has both (default: ema)")
+    add("--ckpt", metavar="FILE|URL", help=f"a checkpoint (default without --model: {STUDENT})")
+    add("--weights", choices=["ema", "model"], default="ema", help="averaged or raw, if it has both (default: ema)")
     add("--num-images", type=whole(1), default=1000, metavar="N", help="FID-50K needs 50000 (default: 1000)")
-    add("--classes", type=lambda text: [whole(0)(c) for c in text.split(",")], metavar="I,J,...", help="default: all in turn")
+    add("--classes", type=class_list, metavar="I,J,...", help="only these (default: all, in turn)")
     add("--seed", type=whole(0), default=0, metavar="N", help="of the noise (default: 0)")
-    add = parser.add_argument_group("sampling (default: the model's own settings, which the first line prints)").add_argument
+    add = parser.add_argument_group("sampling (default: the model's own settings)").add_argument
     add("--sampler", choices=SAMPLERS, metavar="NAME", help=", ".join(SAMPLERS))
-    add("--steps", type=spacing, metavar="N|ddimN", help="steps, rounds of mar; ddpm, ddim: ddimN is a fixed stride")
-    add("--guidance", type=real(0), metavar="SCALE", help="of classifier-free guidance; 1 is none")
-    add("--guidance-channels", type=whole(1), metavar="C", help="ddpm, ddim, sde, ode: how many latent channels are guided")
+    add("--steps", type=spacing, metavar="N|ddimN", help="steps, rounds of mar; ddpm, ddim: ddimN has a fixed stride")
+    add("--guidance", type=real(0), metavar="SCALE", help="classifier-free guidance; 1 is none")
+    add("--guidance-channels", type=whole(1), metavar="C", help="all but mar: latent channels that are guided")
     add("--guidance-schedule", choices=["linear", "constant"], help="mar: over the rounds")
     add("--diffusion-form", choices=DIFFUSION_FORMS, help="sde: how much noise when")
     add("--last-step", choices=["mean", "tweedie", "euler", "none"], help="sde: the step without noise")
@@ -319,22 +296,22 @@ def parse_arguments():
     add = parser.add_argument_group("machine").add_argument
     add("--batch-size", type=whole(1), default=256, metavar="N", help="images at a time per rank (default: 256)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:N (default: auto)")
-    add("--dtype", choices=["auto", "float32", "bfloat16"], default="float32",
-        help="auto: bfloat16 where the hardware has it (default: float32, exact)")
+    add("--dtype", choices=["float32", "bfloat16", "auto"], default="float32", help="default: float32, exact")
     add("--compile", action="store_true", help="compile the network first: a minute or two, for faster steps")
     return parser.parse_args()
 
 def settings_of(args, net, name: str) -> dict:
-    """The model's own settings with those of the command line. Refuses what is not a setting of this model."""
+    """The model's own settings with those of the command line. Refuses what does not apply to this model."""
     own = MODELS[name]["sampling"]
-    flag = lambda k: "--" + k.replace("_", "-")
-    given = {k: v for k, v in vars(args).items() if v is not None and any(k in row["sampling"] for row in MODELS.values())}
-    if foreign := [flag(k) for k in given if k not in own]:
-        raise UserError(f"{foreign[0]} does not apply to {name}; its flags are {', '.join(map(flag, own))}")
+    every = {k for row in MODELS.values() for k in row["sampling"]}
+    given = {k: v for k, v in vars(args).items() if k in every and v is not None}
     settings = own | given
     samplers = [k for k, function in SAMPLERS.items() if function is SAMPLERS[own["sampler"]]]
-    if settings["sampler"] not in samplers:
-        raise UserError(f"--sampler {args.sampler} does not apply to {name}; choose one of {', '.join(samplers)}")
+    takes = f"{name} takes {', '.join(f'--{k}' for k in own)}; samplers {', '.join(samplers)}".replace("_", "-")
+    for k, v in given.items():
+        strided = k == "steps" and isinstance(v, str) and "ddim" not in samplers
+        if k not in own or (k == "sampler" and v not in samplers) or strided:
+            raise UserError(f"--{k.replace('_', '-')} {v} does not apply: {takes}")
     if settings.get("guidance_channels", 1) > net.channels:
         raise UserError(f"--guidance-channels {args.guidance_channels}: {name} has {net.channels}; give no more")
     if args.compile and settings["sampler"] == "mar":
@@ -346,8 +323,7 @@ def main():
     args = parse_arguments()
     device = start_ranks(args.device)
     dtype = choose_dtype(args.dtype, device)
-    ckpt = args.ckpt or (None if args.model else "out/distill/student.pt")
-    net, config = load_model(args.model, ckpt, device, args.weights)
+    net, config = load_model(args.model, args.ckpt or (None if args.model else STUDENT), device, args.weights)
     if args.export:
         return rank() == 0 and export(args.export, net, config, getattr(torch, args.export_dtype))
     name, settings = config["name"], settings_of(args, net, config["name"])
@@ -356,44 +332,36 @@ def main():
         raise UserError(f"--classes {classes.max()}: {name} has classes 0 to {net.classes - 1}; give some of them")
     vae = load_vae(args.vae or MODELS[name]["vae"], args.vae_ckpt, device, dtype)
     if vae.config["latent"] != net.channels:
-        raise UserError(f"--vae {args.vae} decodes {vae.config['latent']} channels, {name} has {net.channels}; leave it out")
-    facts = dict(model=name, depth=sum(net.depths()), parameters=sum(p.numel() for p in net.parameters()), **settings,
-                 num=args.num_images, seed=args.seed, device=device.type, dtype=str(dtype)[6:], ranks=world_size())
+        raise UserError(f"--vae {args.vae} has {vae.config['latent']} channels, {name} {net.channels}; leave it out")
+    facts = dict(device=device.type, dtype=str(dtype)[6:], model=name, depth=sum(net.depths()),
+                 parameters=sum(p.numel() for p in net.parameters()), num=args.num_images, seed=args.seed,
+                 ranks=world_size(), **settings)
     if rank() == 0:
-        print("{device}, {dtype}, {model} of depth {depth}: {} images, {}".format(
-            args.num_images, ", ".join(f"{k} {v}" for k, v in settings.items()), **facts), flush=True)
+        print(", ".join(f"{k} {v}" for k, v in facts.items()), flush=True)
     torch.backends.cuda.matmul.allow_tf32 = True  # as the DiT release samples; no effect on the CPU
-    net.requires_grad_(False)
-    if dtype != torch.float32:
-        freeze_linear(net, dtype)
+    freeze_linear(net.requires_grad_(False), dtype)
     if args.compile:  # frozen weights are constants, laid out for the kernels that read them
         net = torch.compile(net, dynamic=False, options={"freezing": True})
 
-    started, total = time.time(), args.num_images
+    part, started, total = args.out / PART.format(rank()), time.time(), args.num_images
+    write_whole(part, Path.touch)  # a folder that cannot be written is noticed before the work
     first, last = (total * r // world_size() for r in (rank(), rank() + 1))  # equal shares: nobody waits long
     batch = min(args.batch_size, -(-total // world_size()))
     labels = classes[np.arange(total + batch) % len(classes)]
-    steps = int(str(settings["steps"]).removeprefix("ddim"))
-    progress = Progress("sample", (last - first) * steps, "image steps")
-    try:
-        args.out.mkdir(parents=True, exist_ok=True)
-        with open(part_of(args.out, rank()), "wb") as f:
-            for start in range(first, last, batch):
-                n = min(batch, last - start)
-                rows = batch if args.compile else n  # another shape would be compiled anew: draw too many, write n
-                on_step = lambda step, of: progress.update((start - first) * steps + n * steps * step // of)
-                images = sample_images(net, vae, labels[start : start + rows], start, settings, args.seed, device, dtype, on_step)
-                f.write(images[:n].tobytes())
-    except OSError as e:
-        raise UserError(f"cannot write to {args.out}: {e.strerror}; choose another --out") from e
-    progress.update((last - first) * steps)
+    progress = Progress("sample", last - first, "images")
+    with open(part, "wb") as f:
+        for start in range(first, last, batch):
+            n = min(batch, last - start)
+            y = labels[start : start + (batch if args.compile else n)]  # any other shape would be compiled anew
+            on_step = lambda step, of: progress.update(round(start - first + n * step / of, 1))
+            images = sample_images(net, vae, y, start, settings, args.seed, device, dtype, on_step)
+            f.write(images[:n].tobytes())
     barrier()  # all ranks have closed their files: any machine can read them now
     if rank() == 0:
         join_parts(args.out, labels[:total], net.input_size * vae.factor)
-        seconds = time.time() - started
-        facts["images_per_s"] = round(total / seconds, 2)
+        facts["images_per_s"] = round(total / (time.time() - started), 2)
         (args.out / "samples.json").write_text(json.dumps(facts) + "\n")
-        print(f"{total} images in {seconds:.0f} s ({facts['images_per_s']} images/s); wrote {args.out}/samples.npz, grid.png")
+        print(f"{total} images, {facts['images_per_s']} images/s; wrote {args.out}/samples.npz and grid.png")
 
 if __name__ == "__main__":
     run_main(main)
