@@ -178,10 +178,9 @@ class DiT(nn.Module, Prunable):
         super().__init__()
         self.input_size, self.channels, self.classes, self.patch = input_size, channels, classes, patch
         self.new_block = functools.partial(DiTBlock, width, heads)
-        # a ModuleDict gives a module the name that it has in the release's files; the last class is the null label
-        self.x_embedder = nn.ModuleDict(dict(proj=nn.Conv2d(channels, width, patch, patch)))
+        self.x_embedder = nn.ModuleDict(dict(proj=nn.Conv2d(channels, width, patch, patch)))  # the releases' names
         self.t_embedder = TimestepEmbedder(width)
-        self.y_embedder = nn.ModuleDict(dict(embedding_table=nn.Embedding(classes + 1, width)))
+        self.y_embedder = nn.ModuleDict(dict(embedding_table=nn.Embedding(classes + 1, width)))  # the last: no label
         self.register_buffer("pos_embed", sincos_table(width, input_size // patch))
         self.blocks = nn.ModuleList(self.new_block(halves) for halves in block_plan(depth, 1)[0])
         self.final_layer = FinalLayer(width, patch * patch * 2 * channels)
@@ -414,7 +413,7 @@ def respace(respacing: str, total: int = 1000) -> list:
     elif match and 2 <= int(match[2]) <= total:
         stride = (total - 1) / (int(match[2]) - 1)
         return [round(i * stride) for i in range(int(match[2]))]
-    raise UserError(f"{respacing!r} steps of {total} cannot be taken; give 2 to {total}, or ddimN, N like 25 or 50")
+    raise UserError(f"no stride takes {respacing!r} of {total} steps; give 2 to {total}, or ddimN, N like 25 or 50")
 
 def discretized_log_likelihood(x, mean, log_scale):
     """Log probability of x under a Gaussian integrated over bins of width 2/255, the outermost reaching to infinity."""
@@ -728,20 +727,22 @@ def download(url: str, path: Path, tries: int = 5):
     part = path.with_name(f"{path.name}.{socket.gethostname()}.part")  # machines may share the folder
     for attempt in range(tries):
         if path.exists():
-            return
+            return part.unlink(missing_ok=True)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            part.touch()
-            have = part.stat().st_size
+            have = part.stat().st_size if part.exists() else 0
             request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
-            with urllib.request.urlopen(request, timeout=30) as response, open(part, "r+b") as f:
+            with urllib.request.urlopen(request, timeout=30) as response:
                 have = have if response.status == 206 else 0  # else the server starts over
                 total = have + int(response.headers.get("Content-Length") or 0)
                 progress = Progress(f"download {path.name}", max(total // 2**20, 1), "MiB", have // 2**20)
-                f.seek(have)  # not appended: two programs that fetch one file then write the same bytes to one place
-                while chunk := response.read(2**20):
-                    have += f.write(chunk)
-                    progress.update(have // 2**20)
+                if not have:
+                    part.touch()
+                with open(part, "r+b") as f:  # neither appended nor cut: two programs may write the same bytes to it
+                    f.seek(have)
+                    while chunk := response.read(2**20):
+                        have += f.write(chunk)
+                        progress.update(have // 2**20)
             if have >= total:
                 os.truncate(part, have)
                 return os.replace(part, path)
@@ -807,14 +808,14 @@ barrier = lambda: dist.is_initialized() and dist.barrier()
 
 def start_ranks(device: str = "auto") -> torch.device:
     """Joins the process group when torchrun started us (nccl on CUDA, gloo on CPU) and returns this rank's device."""
-    own = f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % max(torch.cuda.device_count(), 1)}"
-    names = dict(auto=own if torch.cuda.is_available() else "cpu", cuda=own)
-    try:
-        place = torch.device(names.get(device, device))
-        if place.type != "cpu":
-            torch.cuda.set_device(place)
-    except (RuntimeError, AssertionError, ValueError):
-        raise UserError(f"--device {device}: torch finds no such device here; use auto, cpu, cuda or cuda:N") from None
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    own = f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % max(count, 1)}"
+    name = dict(auto=own if count else "cpu", cuda=own).get(device, device)
+    if name not in ("cpu", *(f"cuda:{i}" for i in range(count))):
+        raise UserError(f"--device {device} is not on this machine; use auto, cpu, cuda or cuda:N")
+    place = torch.device(name)
+    if place.type == "cuda":
+        torch.cuda.set_device(place)
     if "RANK" in os.environ and not dist.is_initialized():
         # A rank may wait long for one that downloads, writes, or is slower. nccl would guess its device from the rank.
         backend, own = ("nccl", place) if place.type == "cuda" else ("gloo", None)

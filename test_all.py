@@ -1,7 +1,7 @@
-"""Every test, in the pipeline's order. `pytest test_all.py` takes some minutes; SLOW=1 adds the full-size networks (12 GB).
+"""Every test, in the pipeline's order. `pytest test_all.py` takes minutes; SLOW=1 adds the full-size networks (12 GB).
 
-Reference values (data/test_goldens.npz) were computed with the official DiT, SiT, MAR, TinyFusion, VAE and FID code on weights
-that `fill` reproduces from the tensors' names. A test states a fact about the method, not that a function returns.
+Reference values (data/test_goldens.npz) were computed with the official DiT, SiT, MAR, TinyFusion, VAE and FID code on
+weights that `fill` reproduces from the tensors' names. A test states a fact, not that a function returns.
 """
 import argparse
 import copy
@@ -62,7 +62,8 @@ def fill(net, prefix=""):
         if name == "pos_embed":
             continue
         v = np.random.RandomState(zlib.crc32((prefix + name).encode()) & 0xFFFFFFFF).standard_normal(tuple(p.shape))
-        if name.endswith(("embedding_table.weight", "class_emb.weight", "mask_token", "fake_latent")) or "pos_embed" in name:
+        tables = ("embedding_table.weight", "class_emb.weight", "mask_token", "fake_latent")
+        if name.endswith(tables) or "pos_embed" in name:
             v *= 0.3
         elif v.ndim >= 2:
             v *= 0.7 / np.sqrt(v.size / v.shape[0])
@@ -94,7 +95,8 @@ class Injected:
 
 
 DIT_GOLDEN = dict(width=64, heads=4, input_size=8, classes=10)
-MAR_GOLDEN = dict(width=32, depth=4, heads=4, loss_width=32, loss_depth=2, input_size=4, classes=10, channels=4, buffer=4)
+MAR_GOLDEN = dict(width=32, depth=4, heads=4, loss_width=32, loss_depth=2, input_size=4, classes=10, channels=4,
+                  buffer=4)
 FAMILIES = {  # the same tests run on all three: name -> a small shape of it
     "dit-tiny": dict(width=32, heads=2),
     "sit-tiny": dict(width=32, heads=2),
@@ -117,7 +119,8 @@ def latents(tmp_path_factory):
     moments[:, :, 4:] = 0.1 * np.abs(moments[:, :, 4:])
     np.save(folder / "moments.npy", moments)
     np.save(folder / "labels.npy", np.arange(96) % 10)
-    meta = dict(complete=True, shape=[4, 8, 8], scale=1.0, classes=[str(i) for i in range(10)], count=96, flips=1, vae="digits")
+    meta = dict(complete=True, shape=[4, 8, 8], scale=1.0, classes=[str(i) for i in range(10)], count=96, flips=1,
+                vae="digits")
     (folder / "meta.json").write_text(json.dumps(meta))
     return folder
 
@@ -128,7 +131,8 @@ def teachers(tmp_path_factory):
     folder = tmp_path_factory.mktemp("teachers")
     for name, shape in FAMILIES.items():
         net = small(name)
-        model.save_checkpoint(folder / f"{name}.pt", model=net.state_dict(), config=dict(name=name, depth=net.depths(), overrides=shape), step=0)
+        config = dict(name=name, depth=net.depths(), overrides=shape)
+        model.save_checkpoint(folder / f"{name}.pt", model=net.state_dict(), config=config, step=0)
     return folder
 
 
@@ -148,7 +152,8 @@ def launch(*command, ranks=0, cwd=None, **environment):
     """A stage as a process of its own, under torchrun if ranks are given."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks else []
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
-    return subprocess.run([sys.executable, *torchrun, *map(str, command)], capture_output=True, text=True, timeout=240, env=environment, cwd=cwd)
+    return subprocess.run([sys.executable, *torchrun, *map(str, command)], capture_output=True, text=True, timeout=240,
+                          env=environment, cwd=cwd)
 
 
 def user_error(capsys, module, *flags) -> str:
@@ -231,20 +236,22 @@ def test_mar_forward():
     near(head(g["in.x_net"], g["in.t"], z.flatten(0, 1)), g["out.net_output"])
     half = len(g["in.x_net"]) // 2
     zs = z.flatten(0, 1)
-    guided = sample.guide(lambda x, t, _: head(x, t, zs), g["in.x_net"][:half], g["in.t"][:half], g["in.t"][:half], 0, 1.7, 4)
+    x, t = g["in.x_net"][:half], g["in.t"][:half]
+    guided = sample.guide(lambda x, t, _: head(x, t, zs), x, t, t, 0, 1.7, 4)
     near(guided, g["out.net_output_cfg"][:half], 2e-5)
 
 
-@pytest.mark.parametrize("name, case, overrides", [
-    ("dit-xl", "DiT-XL-2-256", {}), ("dit-l", "DiT-L-2-256", {}), ("dit-b", "DiT-B-2-256", {}), ("dit-s", "DiT-S-2-256", {}),
-    ("dit-xl-512", "DiT-XL-2-512", {}), ("dit-d19", "DiT-D19-2-256", {}), ("dit-d14", "DiT-D14-2-256", {}), ("dit-d7", "DiT-D7-2-256", {}),
-    ("sit-xl", "SiT-XL-2-256", {}), ("mar-base", "mar_base", {}), ("mar-large", "mar_large", {}), ("mar-huge", "mar_huge", {})])
-def test_keys_and_shapes_are_the_official_ones(name, case, overrides):
+@pytest.mark.parametrize("name, case, depth", [
+    ("dit-xl", "DiT-XL-2-256", None), ("dit-l", "DiT-L-2-256", None), ("dit-b", "DiT-B-2-256", None),
+    ("dit-s", "DiT-S-2-256", None), ("dit-xl-512", "DiT-XL-2-512", None), ("dit-xl", "DiT-D19-2-256", 19),
+    ("dit-d14", "DiT-D14-2-256", None), ("dit-xl", "DiT-D14-2-256", 14), ("dit-d14", "DiT-D7-2-256", 7),
+    ("sit-xl", "SiT-XL-2-256", None), ("mar-base", "mar_base", None), ("mar-large", "mar_large", None),
+    ("mar-huge", "mar_huge", None)])
+def test_keys_and_shapes_are_the_official_ones(name, case, depth):
     manifest = json.loads(bytes(GOLDENS[f"manifests/{case}"]))
     with torch.device("meta"):
-        net = build_model(name, **overrides)
+        net = build_model(name, depth)
     assert {k: list(v.shape) for k, v in net.state_dict().items()} == manifest
-    assert model.guess_model(net.state_dict()) in (name, name.replace("sit", "dit"))
 
 
 @slow
@@ -282,6 +289,57 @@ def test_checkpointing_changes_no_gradient(name):
     assert same_weights(*gradients)
 
 
+PLANS = {  # whole blocks and halves, in each family's lists of blocks
+    "dit-tiny": [[("attn", "mlp"), ("attn",), ("mlp",), ("attn", "mlp")]],
+    "sit-tiny": [[("mlp",), ("attn", "mlp"), ("attn",)]],
+    "mar-tiny": [[("attn",), ("attn", "mlp")], [("mlp",)]],
+}
+
+
+@family
+@torch.no_grad()
+def test_a_block_is_its_attention_then_its_mlp(name):
+    """Two halves with the weights of a whole block compute what it does; a whole block has the official keys."""
+    whole = small(name).layers()[0]
+    halves = [small(name).new_block(("attn",)), small(name).new_block(("mlp",))]
+    for half, (first, *others), share in zip(halves, (("norm1", "attn"), ("norm2", "mlp")), (0, 1)):
+        state = {k: v for k, v in whole.state_dict().items() if k.startswith((first, *others))}
+        for k, v in whole.state_dict().items():
+            if k.startswith("adaLN"):
+                state[k] = v.chunk(2)[share]
+        half.load_state_dict(state)
+        half.eval()
+    x, c = torch.randn(2, 5, 32), torch.randn(2, 32)
+    condition = () if name == "mar-tiny" else (c,)
+    torch.testing.assert_close(halves[1](halves[0](x, *condition), *condition), whole(x, *condition))
+
+
+@family
+@torch.no_grad()
+def test_each_tensor_has_its_type_in_bfloat16(name):
+    """What needs no gradient is cast once, and the output is that of autocast alone, bit by bit; losses are float32."""
+    assert model.choose_dtype("bfloat16", torch.device("cpu")) == torch.bfloat16
+    net, frozen = small(name), small(name).requires_grad_(False)
+    trained = frozen.layers()[1].requires_grad_(True)
+    model.freeze_linear(frozen, torch.bfloat16)
+    for key, module in frozen.named_modules():
+        matrix = isinstance(module, (torch.nn.Linear, torch.nn.Conv2d))
+        cast = matrix and not any(module is m for m in trained.modules())
+        for p in module.parameters(recurse=False):
+            assert p.dtype == (torch.bfloat16 if cast else torch.float32), key
+    seen = []
+    for module in frozen.modules():
+        if isinstance(module, model.TimestepEmbedder):
+            module.mlp.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].dtype))
+    objective = frozen.objective()
+    batch = objective.draw(torch.randn(4, 4, 8, 8), torch.arange(4), RowNoise((0,), 0, 4, 4))
+    with model.autocast(torch.device("cpu"), torch.bfloat16):
+        out, reference = objective.predict(frozen, batch), objective.predict(net, batch)
+    assert torch.equal(out, reference) and out.dtype == torch.bfloat16 and set(seen) == {torch.float32}
+    assert {objective.loss(out, batch).dtype, objective.kd(out, reference, batch).dtype} == {torch.float32}
+    assert objective.loss(out, batch).shape == objective.kd(out, reference, batch).shape == (4,)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # model.py: the Gaussian process and the interpolant.
 
@@ -289,14 +347,27 @@ def test_checkpointing_changes_no_gradient(name):
 def test_schedules_and_respacing():
     g = golden("gaussian_schedules")
     for schedule in ("linear", "cosine"):
-        tables = model.GaussianDiffusion(schedule).tables
-        for k in tables:
-            if f"out.{schedule}_{k}" in g:
-                near(tables[k][g["in.indices"]], g[f"out.{schedule}_{k}"], 1e-10)
+        process = model.GaussianDiffusion(schedule)
+        tables = {k: formula(*process.table) for k, formula in process.FORMULAS.items()}
+        tables.update(alphas_cumprod=process.table[0], betas=tables["log_betas"].exp(),
+                      posterior_variance=tables["log_posterior_variance"].exp())
+        for k in {k.removeprefix(f"out.{schedule}_") for k in g if k.startswith(f"out.{schedule}")} & set(tables):
+            near(tables[k][g["in.indices"]], g[f"out.{schedule}_{k}"], 1e-10)
+        like = torch.empty(len(g["in.indices"]), 4, 8, 8)  # read at those times, ready to multiply with
+        got = process.posterior_log_variance(g["in.indices"], like)
+        near(got[:, 0, 0, 0], g[f"out.{schedule}_posterior_log_variance_clipped"].float())
     for spacing in ("250", "64", "ddim50"):
         process = model.GaussianDiffusion("linear", spacing)
         assert process.timestep_map == g[f"out.timesteps_{spacing}"].tolist()
-        near(process.tables["betas"], g[f"out.respaced_betas_{spacing}"], 1e-10)
+        near(process.FORMULAS["log_betas"](*process.table).exp(), g[f"out.respaced_betas_{spacing}"], 1e-10)
+    assert model.respace("") == model.respace("1000") == list(range(1000))
+
+
+@pytest.mark.parametrize("respacing", [
+    "0", "1", "1001", "ddim0", "ddim1", "ddim1001", "ddim600", "-3", "2.5", "x", "9" * 99])
+def test_impossible_respacings_are_one_sentence(respacing):
+    with pytest.raises(UserError, match="give 2 to 1000"):
+        model.GaussianDiffusion("linear", respacing)
 
 
 def test_training_loss_of_dit():
@@ -355,9 +426,10 @@ def test_draw_mixes_data_and_noise_as_the_process_says(name):
     batch = net.objective().draw(x, y, RowNoise((3,), 0, 64, 64))
     if name == "sit-tiny":  # t = 0 is noise, t = 1 data
         eps = x - batch["velocity"]
-        torch.testing.assert_close(batch["x_t"], batch["t"].view(-1, 1, 1, 1) * x + (1 - batch["t"]).view(-1, 1, 1, 1) * eps)
+        t = batch["t"].view(-1, 1, 1, 1)
+        torch.testing.assert_close(batch["x_t"], t * x + (1 - t) * eps)
     else:
-        torch.testing.assert_close(batch["x_t"], model.GaussianDiffusion().q_sample(x, batch["t"], batch["noise"]))
+        torch.testing.assert_close(batch["x_t"], model.GaussianDiffusion().q_sample(x, batch["t"], batch["eps"]))
     assert 0 < (batch["y"] == 10).float().mean() < 0.3 and ((batch["y"] == y) | (batch["y"] == 10)).all()
 
 
@@ -430,14 +502,13 @@ def test_dopri5_of_a_network_that_diverged_is_one_sentence():
 def test_mar_loss():
     g, net = golden("mar_small_forward"), fill(build_model("mar-tiny", **MAR_GOLDEN, patch=1))
     mask, objective = g["in.mask"].bool(), net.objective()
-    kept = torch.stack([(~m).nonzero()[:, 0] for m in mask])
-    masked = torch.stack([m.nonzero()[:, 0] for m in mask])
+    known, hidden = (torch.stack([m.nonzero()[:, 0] for m in chosen]) for chosen in (~mask, mask))
     tokens = net.patchify(g["in.latents"])
-    pick = lambda v: torch.stack([v[:, b][:, masked[b]] for b in range(2)])  # (R, B, T, ...) -> (B, R, M, ...)
-    t, noise = pick(g["in.t_mul2"].view(2, 2, 16)), pick(g["in.noise_mul2"].view(2, 2, 16, 4))
-    x_start = model.gather_tokens(tokens, masked)[:, None].expand(-1, 2, -1, -1)
-    x_t = objective.diffusion.q_sample(x_start.flatten(0, 2), t.flatten(), noise.flatten(0, 2)).view_as(noise)
-    batch = dict(tokens=tokens, y=g["in.y"], kept=kept, masked=masked, x_start=x_start, x_t=x_t, t=t, noise=noise)
+    pick = lambda v: torch.stack([v[:, b][:, hidden[b]] for b in range(2)])  # (R, B, T, ...) -> (B, R, M, ...)
+    t, eps = pick(g["in.t_mul2"].view(2, 2, 16)), pick(g["in.noise_mul2"].view(2, 2, 16, 4))
+    x_start = model.gather_tokens(tokens, hidden)[:, None].expand(-1, 2, -1, -1)
+    x_t = objective.diffusion.q_sample(x_start.flatten(0, 2), t.flatten(), eps.flatten(0, 2)).view_as(eps)
+    batch = dict(tokens=tokens, y=g["in.y"], known=known, hidden=hidden, x_start=x_start, x_t=x_t, t=t, eps=eps)
     near(objective.loss(objective.predict(net, batch), batch).mean(), g["out.forward_loss_mul2"], 1e-3)
 
 
@@ -481,10 +552,10 @@ def test_mar_draw_hides_and_keeps_disjoint_tokens():
     counts = []
     for step in range(60):
         batch = net.objective().draw(x, y, RowNoise((0, step), 0, 32, 32))
-        both = torch.cat([batch["kept"], batch["masked"]], dim=1).sort(dim=1)[0]
+        both = torch.cat([batch["known"], batch["hidden"]], dim=1).sort(dim=1)[0]
         assert (both == torch.arange(16)).all()
-        counts.append(batch["masked"].shape[1])
-    assert min(counts) >= 12 and max(counts) == 16 and 13 < np.mean(counts) < 15.6  # truncated normal on [0.7, 1], 16 tokens
+        counts.append(batch["hidden"].shape[1])
+    assert min(counts) >= 12 and max(counts) == 16 and 13 < np.mean(counts) < 15.6  # normal on [0.7, 1], 16 tokens
 
 
 def test_row_noise_does_not_depend_on_who_draws():
@@ -492,11 +563,20 @@ def test_row_noise_does_not_depend_on_who_draws():
     part = RowNoise((7,), 20, 37, 16)
     for draw in ("normal", "uniform", "gumbel"):
         assert torch.equal(getattr(whole, draw)(3)[20:37], getattr(part, draw)(3))
+    assert torch.equal(whole.gumbel(3, lists=(2,))[:, 20:37], part.gumbel(3, lists=(2,)))
     assert not torch.equal(RowNoise((7, 0), 0, 8, 8).normal(3), RowNoise((7, 1), 0, 8, 8).normal(3))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # model.py: checkpoints and downloads.
+
+
+def write_safetensors(path, header, data=b"", length=None):
+    """The format, or near it: the header's length, a JSON header (or any bytes), data."""
+    header = header if isinstance(header, bytes) else json.dumps(header).encode()
+    length = len(header) if length is None else length
+    path.write_bytes(length.to_bytes(8, "little") + header + data)
+    return path
 
 
 @pytest.mark.parametrize("nesting", ["", "ema", "model", "model_ema", "state_dict"])
@@ -510,92 +590,332 @@ def test_official_nestings_load(tmp_path, nesting):
 
 
 def test_ema_is_preferred_unless_asked(tmp_path):
-    model.save_checkpoint(tmp_path / "c.pt", model={"w": torch.zeros(1)}, ema={"w": torch.ones(1)}, config=dict(name="x"))
+    contents = dict(model={"w": torch.zeros(1)}, ema={"w": torch.ones(1)}, config=dict(name="x"))
+    model.save_checkpoint(tmp_path / "c.pt", **contents)
     assert model.read_state(tmp_path / "c.pt")[0]["w"] == 1
     assert model.read_state(tmp_path / "c.pt", "model")[0]["w"] == 0
 
 
-def test_arguments_beside_the_weights_are_read_but_code_is_not(tmp_path, capsys):
+class Bomb:
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.marker}",)
+
+
+def test_arguments_beside_the_weights_are_read_but_code_is_not(tmp_path):
     torch.save(dict(model={"w": torch.ones(2)}, args=argparse.Namespace(lr=1.0)), tmp_path / "mar.pth")
     assert model.read_state(tmp_path / "mar.pth")[0]["w"].sum() == 2
-
-    class Bomb:
-        def __reduce__(self):
-            return os.system, (f"touch {tmp_path}/exploded",)
-
-    torch.save(dict(model={"w": torch.ones(2)}, x=Bomb()), tmp_path / "bomb.pt")
-    with pytest.raises(SystemExit):
+    torch.save(dict(model={"w": torch.ones(2)}, x=Bomb(tmp_path / "exploded")), tmp_path / "bomb.pt")
+    with pytest.raises(UserError, match="bomb.pt cannot be read"):
         model.read_state(tmp_path / "bomb.pt")
-    assert "nothing was loaded" in capsys.readouterr().err and not (tmp_path / "exploded").exists()
+    assert not (tmp_path / "exploded").exists()
 
 
 def test_what_other_people_store_beside_their_weights(tmp_path):
     """numpy scalars and Parameters in a torch file; a `config` that is not ours, and masks, in .safetensors."""
-    torch.save(dict(ema={"w": torch.nn.Parameter(torch.ones(2))}, loss=np.float64(0.1), best=np.float32(0.2), n=np.int64(3)), tmp_path / "a.pt")
+    scalars = dict(loss=np.float64(0.1), best=np.float32(0.2), n=np.int64(3))
+    torch.save(dict(ema={"w": torch.nn.Parameter(torch.ones(2))}, **scalars), tmp_path / "a.pt")
     state, config = model.read_state(tmp_path / "a.pt")
     assert config is None and not state["w"].requires_grad and not isinstance(state["w"], torch.nn.Parameter)
     for other in ("sd_v1", '{"model_type": "vae"}', "{'a': 1}"):
-        header = json.dumps({"__metadata__": {"config": other}, "m": dict(dtype="BOOL", shape=[3], data_offsets=[0, 3])}).encode()
-        (tmp_path / "b.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + b"\1\0\1")
+        mask = dict(dtype="BOOL", shape=[3], data_offsets=[0, 3])
+        write_safetensors(tmp_path / "b.safetensors", {"__metadata__": {"config": other}, "m": mask}, b"\1\0\1")
         state, config = model.read_state(tmp_path / "b.safetensors")
         assert config is None and state["m"].tolist() == [True, False, True]
 
 
-def test_safetensors_round_trip(tmp_path):
-    state = {"a.weight": torch.randn(3, 5), "b": torch.randn(7).half(), "c": torch.randn(2, 2).bfloat16(), "n": torch.arange(3)}
-    model.write_safetensors(tmp_path / "w.safetensors", state, dict(name="dit-tiny"))
-    found, config = model.read_state(tmp_path / "w.safetensors")
+def test_safetensors_of_any_alignment_and_type(tmp_path):
+    state = {"a": torch.randn(3, 5), "b": torch.randn(7).half(), "c": torch.randn(2).bfloat16(), "n": torch.arange(3)}
+    names, header, data = {v: k for k, v in model.SAFETENSORS_TYPES.items()}, {}, b"?"  # a byte that no tensor owns
+    header["__metadata__"] = dict(config=json.dumps(dict(name="dit-tiny")))
+    for k, v in state.items():
+        raw = v.view(-1).view(torch.uint8).numpy().tobytes()
+        header[k] = dict(dtype=names[v.dtype], shape=list(v.shape), data_offsets=[len(data), len(data) + len(raw)])
+        data += raw
+    found, config = model.read_state(write_safetensors(tmp_path / "w.safetensors", header, data))
     assert same_weights(found, state) and config == dict(name="dit-tiny")
-    raw = (tmp_path / "w.safetensors").read_bytes()  # the format itself: length, JSON, data at the stated place
-    size = int.from_bytes(raw[:8], "little")
-    start, end = json.loads(raw[8 : 8 + size])["a.weight"]["data_offsets"]
-    assert np.array_equal(np.frombuffer(raw[8 + size :][start:end], np.float32).reshape(3, 5), state["a.weight"].numpy())
 
 
-def test_a_checkpoint_of_another_model_is_named(tmp_path, capsys):
+@family
+@torch.no_grad()
+def test_weights_without_config_load_at_any_depth(name, tmp_path):
+    """What the releases publish says neither model nor depth: --model names it, and the depth is in its keys."""
+    batch = None
+    for depth in ([1, 3], [4, 0], [7, 7]) if name == "mar-tiny" else ([1], [5], [12]):
+        net = build_model(name, depth).eval()
+        torch.save({f"module.{k}": v for k, v in net.state_dict().items()}, tmp_path / "w.pt")
+        loaded, config = model.load_model(name, tmp_path / "w.pt")
+        assert config == dict(name=name, depth=depth) and loaded.depths() == depth and not loaded.training
+        assert same_weights(loaded.state_dict(), net.state_dict())
+        with pytest.raises(UserError, match="add --model"):
+            model.load_model(ckpt=tmp_path / "w.pt")
+        batch = batch or net.objective().draw(torch.randn(2, 4, 8, 8), torch.arange(2), RowNoise((0,), 0, 2, 2))
+        assert torch.equal(net.objective().predict(net, batch), net.objective().predict(loaded, batch))
+
+
+@family
+@torch.no_grad()
+def test_halves_of_blocks_load_from_their_keys(name, tmp_path):
+    net = small(name, PLANS[name])
+    model.save_checkpoint(tmp_path / "w.pt", model=net.state_dict(), config=dict(name=name, overrides=FAMILIES[name]))
+    loaded, config = model.load_model(ckpt=tmp_path / "w.pt")
+    assert [block.halves for block in loaded.layers()] == [halves for blocks in PLANS[name] for halves in blocks]
+    assert config["depth"] == [len(blocks) for blocks in PLANS[name]]
+    batch = net.objective().draw(torch.randn(2, 4, 8, 8), torch.arange(2), RowNoise((0,), 0, 2, 2))
+    assert torch.equal(net.objective().predict(net, batch), net.objective().predict(loaded, batch))
+    official = small(name).layers()[0].state_dict().keys()
+    for block in loaded.layers():
+        assert (block.state_dict().keys() == official) == (len(block.halves) == 2)
+        assert block.state_dict().keys() <= official
+
+
+def test_a_checkpoint_of_another_model_is_named(tmp_path):
     torch.save(small("sit-tiny", 6).state_dict(), tmp_path / "w.pt")
-    with pytest.raises(SystemExit):
+    with pytest.raises(UserError, match=r"w\.pt does not fit .* differ, .*'pos_embed'.*\(1, 16, 32\) in the file"):
         model.load_model("dit-xl", tmp_path / "w.pt")
-    message = capsys.readouterr().err
-    assert "missing blocks.6" in message and "misshaped pos_embed" in message and "\n" not in message.strip()
-    (tmp_path / "cut.pt").write_bytes((tmp_path / "w.pt").read_bytes()[:5000])
-    with pytest.raises(SystemExit):
-        model.load_model("dit-tiny", tmp_path / "cut.pt")
+    with pytest.raises(UserError, match="tensors differ, .* missing in the file"):
+        model.load_model("mar-tiny", tmp_path / "w.pt")
+    model.save_checkpoint(tmp_path / "c.pt", model=small("sit-tiny").state_dict(), config=dict(name="sit-tiny"))
+    with pytest.raises(UserError, match="holds sit-tiny, not dit-tiny"):
+        model.load_model("dit-tiny", tmp_path / "c.pt")
+    with pytest.raises(UserError, match="no model is called 'dit-huge'; there are dit-xl,"):
+        model.load_model("dit-huge", tmp_path / "w.pt")
+    with pytest.raises(UserError, match=r"shallow\.pt does not exist; prune\.py writes it"):
+        model.load_model(ckpt=tmp_path / "shallow.pt")
+    with pytest.raises(UserError, match=r"dit-s\.pt does not exist"):  # no weights are published
+        model.load_model("dit-s")
 
 
-def test_weights_of_a_shape_that_two_models_share_need_a_name(tmp_path, capsys):
-    """DiT and SiT have the same keys: reading one as the other would draw garbage without a word."""
-    torch.save(small("sit-tiny", 12).state_dict(), tmp_path / "w.pt")
-    with pytest.raises(SystemExit):
-        model.load_model(ckpt=tmp_path / "w.pt")
-    assert "add --model" in capsys.readouterr().err
+def test_the_table_is_printed(capsys):
+    model.run_main(model.list_models)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == list(model.MODELS)
+    words = {line.split()[0]: line for line in lines}
+    assert "28 layers" in words["dit-xl"] and "674.8 M" in words["dit-xl"] and "https://" in words["dit-xl"]
+    assert words["dit-tiny"].endswith("weights/dit-tiny.pt: bundled, on this disk")
+    assert words["dit-b"].endswith("none known")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# model.py: files of any bytes.
+
+WEIGHTS = {}  # of a small dit-tiny, once
+
+
+def good_weights():
+    WEIGHTS.update(WEIGHTS or small("dit-tiny", 2).state_dict())
+    return dict(WEIGHTS)
+
+
+def with_config(**config):
+    return dict(model=good_weights(), config=dict(name="dit-tiny", overrides=FAMILIES["dit-tiny"]) | config)
+
+
+def with_overrides(**overrides):
+    return with_config(overrides=FAMILIES["dit-tiny"] | overrides)
+
+
+def with_tensor(key, tensor):
+    return dict(model=good_weights() | {key: tensor}, config=with_config()["config"])
+
+
+def one_tensor(**changes):
+    """A .safetensors header."""
+    return {"w": dict(dtype="F32", shape=[2], data_offsets=[0, 8]) | changes}
+
+
+BYTES = {  # name of a file -> its bytes
+    "empty.pt": b"", "one.pt": b"\0", "word.pt": b"hello", "text.pt": b"to be or not to be\n" * 999,
+    "zip.pt": b"PK\3\4",
+    "noise.pt": np.random.default_rng(0).bytes(9999), "pickle.pt": b"\x80\x02}q\0.",
+    "old.pt": b"\x80\x02\x8a\nl\xfc\x9cF\xf9",
+    "html.pth": b"<!DOCTYPE html><html>404</html>", "png.pt": b"\x89PNG\r\n\x1a\n" + bytes(99),
+    "empty.safetensors": b"", "short.safetensors": b"\x08\0\0", "text.safetensors": b"hello, hello, hello",
+    "noise.safetensors": np.random.default_rng(1).bytes(9999), "zeros.safetensors": bytes(999),
+}
+OBJECTS = {  # name -> what torch.save is given
+    "number": lambda: 5, "string": lambda: "weights", "tensor": lambda: torch.ones(3), "list": lambda: [torch.ones(3)],
+    "none": lambda: None, "nothing": dict, "empty ema": lambda: dict(ema={}, config=dict(name="dit-tiny")),
+    "numbers": lambda: dict(model={"w": 1.0}), "nested": lambda: dict(model=dict(model=dict(model={}))),
+    "ema is a tensor": lambda: dict(ema=torch.ones(3)), "ema is a list": lambda: dict(ema=[1, 2]),
+    "keys are numbers": lambda: dict(model={1: torch.ones(2), 2: torch.ones(2)}),
+    "keys are tuples": lambda: {("a", "b"): torch.ones(2)},
+    "keys are mixed": lambda: good_weights() | {7: torch.ones(2)},
+    "meta": lambda: {k: v.to("meta") for k, v in good_weights().items()},
+    "config is a list": lambda: dict(model=good_weights(), config=["dit-tiny"]),
+    "config is a word": lambda: dict(model=good_weights(), config="dit-tiny"),
+    "config is nobody's": lambda: with_config(name="stable-diffusion"), "name is a number": lambda: with_config(name=5),
+    "name is a list": lambda: with_config(name=["dit-tiny"]), "another family": lambda: with_config(name="mar-tiny"),
+    "overrides are a word": lambda: with_config(overrides="wide"),
+    "overrides are a list": lambda: with_config(overrides=[1]),
+    "overrides are none": lambda: with_config(overrides=None),
+    "overrides of numbers": lambda: with_config(overrides={5: 5}),
+    "unknown override": lambda: with_overrides(size=3), "width is a word": lambda: with_overrides(width="32"),
+    "width is huge": lambda: with_overrides(width=10**9), "width is endless": lambda: with_overrides(width=10**30),
+    "width is negative": lambda: with_overrides(width=-32), "width is nothing": lambda: with_overrides(width=0),
+    "width is a float": lambda: with_overrides(width=32.0), "width is nan": lambda: with_overrides(width=float("nan")),
+    "width is none": lambda: with_overrides(width=None),
+    "width is a tensor": lambda: with_overrides(width=torch.ones(2)),
+    "no heads": lambda: with_overrides(heads=0), "three heads": lambda: with_overrides(heads=3),
+    "many heads": lambda: with_overrides(heads=10**9), "half a head": lambda: with_overrides(heads=0.5),
+    "depth twice": lambda: with_overrides(depth=2), "no patch": lambda: with_overrides(patch=0),
+    "huge images": lambda: with_overrides(input_size=10**6), "all classes": lambda: with_overrides(classes=10**12),
+    "other classes": lambda: with_overrides(classes=12),
+    "endless denoiser": lambda: with_config(name="mar-tiny", overrides=dict(loss_depth=10**9)),
+    "kept is a word": lambda: with_config(kept="0,1"), "scheme is a number": lambda: with_config(scheme=2),
+    "granularity is a list": lambda: with_config(granularity=["block"]),
+    "parent is a list": lambda: with_config(parent=[1]),
+    "shape": lambda: with_tensor("final_layer.linear.bias", torch.zeros(31)),
+    "0-dim": lambda: with_tensor("final_layer.linear.bias", torch.zeros(())),
+    "whole numbers": lambda: with_tensor("final_layer.linear.bias", torch.zeros(32, dtype=torch.long)),
+    "complex": lambda: with_tensor("final_layer.linear.bias", torch.zeros(32, dtype=torch.complex64)),
+    "sparse": lambda: with_tensor("final_layer.linear.bias", torch.zeros(32).to_sparse()),
+    "an array": lambda: with_tensor("final_layer.linear.bias", "an array"),
+    "one more": lambda: with_tensor("blocks.0.extra", torch.zeros(3)),
+    "a hole": lambda: with_tensor("blocks.9999999999999999999999.attn.qkv.bias", torch.zeros(96)),
+}
+HEADERS = {  # name -> arguments of write_safetensors
+    "length": ({}, b"", 2**60), "longest": ({}, b"", 2**64 - 1), "list": ([1, 2], b""), "number": (b"5", b""),
+    "no json": (b"{'w': 1}", b""), "no weights": ({}, b""), "only metadata": ({"__metadata__": {"config": "{}"}}, b""),
+    "metadata": ({"__metadata__": "x"} | one_tensor(), bytes(8)), "not utf-8": (b'{"\xff\xfe": 1}', b""),
+    "deep": (b"[" * 10**5, b""), "entry": ({"w": 5}, b""),
+    "no type": ({"w": dict(shape=[1], data_offsets=[0, 4])}, bytes(4)),
+    "type": (one_tensor(dtype="F12"), bytes(8)), "before": (one_tensor(data_offsets=[-8, 0]), bytes(8)),
+    "negative": (one_tensor(data_offsets=[-8, 8]), bytes(8)), "behind": (one_tensor(data_offsets=[4, 12]), bytes(8)),
+    "backwards": (one_tensor(data_offsets=[8, 0]), bytes(8)), "far": (one_tensor(data_offsets=[0, 2**70]), bytes(8)),
+    "three": (one_tensor(data_offsets=[0, 4, 8]), bytes(8)), "words": (one_tensor(data_offsets=["0", "8"]), bytes(8)),
+    "shape": (one_tensor(shape=[3]), bytes(8)), "huge": (one_tensor(shape=[2**40, 2**40]), bytes(8)),
+    "negative shape": (one_tensor(shape=[-2]), bytes(8)), "half": (one_tensor(data_offsets=[0, 7]), bytes(8)),
+}
+
+
+def refused(path, *name):
+    """The one sentence about a file, which takes neither long nor much memory."""
+    import resource  # not on Windows
+    peak, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.time()
+    with pytest.raises(UserError) as refusal:
+        model.load_model(*name, ckpt=path)
+    message = str(refusal.value)
+    assert path.name in message and ";" in message and "\n" not in message and len(message) < 600, message
+    assert time.time() - start < 10 and resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak < 2**20  # KiB
+    return message
+
+
+@pytest.mark.parametrize("file", BYTES)
+def test_any_bytes_are_one_sentence(file, tmp_path):
+    (tmp_path / file).write_bytes(BYTES[file])
+    refused(tmp_path / file)
+    refused(tmp_path / file, "dit-tiny")
+
+
+@pytest.mark.parametrize("case", OBJECTS)
+def test_any_objects_are_one_sentence(case, tmp_path):
+    torch.save(OBJECTS[case](), tmp_path / "w.pt")
+    refused(tmp_path / "w.pt")
+
+
+@pytest.mark.parametrize("case", HEADERS)
+def test_any_header_is_one_sentence(case, tmp_path):
+    path = write_safetensors(tmp_path / "w.safetensors", *HEADERS[case])
+    assert "holds no weights" in refused(path, "dit-tiny") or case not in ("no weights", "only metadata")
+
+
+@pytest.mark.parametrize("suffix", ["pt", "safetensors"])
+def test_truncated_files_are_one_sentence(suffix, tmp_path):
+    whole, path = tmp_path / f"whole.{suffix}", tmp_path / f"cut.{suffix}"
+    (torch.save if suffix == "pt" else save_safetensors)(with_config(), whole)
+    model.load_model(ckpt=whole)
+    data = whole.read_bytes()
+    for size in (1, 7, 8, 9, 30, 100, 999, *range(2000, len(data), len(data) // 9), len(data) - 30, len(data) - 1):
+        path.write_bytes(data[:size])
+        refused(path)
+
+
+def save_safetensors(contents, path):
+    net = argparse.Namespace(state_dict=lambda: contents["model"])
+    sample.export(path, net, contents["config"], torch.float32)
+
+
+def test_other_kinds_of_files_are_one_sentence(tmp_path):
+    np.savez(tmp_path / "samples.npz", arr_0=np.zeros((2, 8, 8, 3), np.uint8))
+    shutil.move(tmp_path / "samples.npz", tmp_path / "npz.pt")
+    with zipfile.ZipFile(tmp_path / "zip.pt", "w") as archive:
+        archive.writestr("archive/data.pkl", b"\x80\x02]q\0.")
+    torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), tmp_path / "script.pt")
+    torch.save(with_config(), tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    (tmp_path / "folder.pt").mkdir()
+    (tmp_path / "folder.safetensors").mkdir()
+    for path in tmp_path.iterdir():
+        refused(path)
+    refused(tmp_path / "none.pt")
+    refused(tmp_path / "none.safetensors")
+
+
+@pytest.mark.parametrize("config", [
+    dict(depth="deep"), dict(depth=10**9), dict(depth=None), dict(step=[1]), dict(kept=[0])])
+def test_what_no_one_asks_the_config_for_does_no_harm(config, tmp_path):
+    """The depth is read from the keys."""
+    torch.save(with_config(**config), tmp_path / "w.pt")
+    net, found = model.load_model(ckpt=tmp_path / "w.pt")
+    assert found["depth"] == net.depths() == [2] and found["name"] == "dit-tiny"
+
+
+def test_a_damaged_byte_harms_nobody(tmp_path):
+    """Somewhere in a file: weights that differ, or one sentence."""
+    rng, path = np.random.default_rng(0), tmp_path / "w.pt"
+    torch.save(with_config(), path)
+    good, outcomes = bytearray(path.read_bytes()), set()
+    for i in range(30):
+        data = good.copy()
+        for _ in range(rng.integers(1, 9)):
+            data[rng.integers(len(data)) if i % 2 else rng.integers(3000) - 1500] = rng.integers(256)
+        path.write_bytes(data)
+        try:
+            model.load_model(ckpt=path)
+            outcomes.add("weights")
+        except UserError as e:
+            assert "w.pt" in str(e) and "\n" not in str(e)
+            outcomes.add("sentence")
+    assert outcomes == {"weights", "sentence"}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# model.py: what is written and fetched.
 
 
 def test_files_of_one_name_behind_two_urls_stay_apart(monkeypatch):
     asked = []
     monkeypatch.setattr(model, "download", lambda url, path: asked.append(path))
     model.locate("https://a/one/checkpoint-last.pth")
-    model.locate("https://a/two/checkpoint-last.pth")
-    assert asked[0] != asked[1] and asked[0].suffix == ".pth"
+    model.locate("https://a/two/checkpoint-last.pth?rlkey=1")
+    assert asked[0] != asked[1] and asked[0].suffix == asked[1].suffix == ".pth"
+    assert model.locate("weights/dit-tiny.pt") == Path("weights/dit-tiny.pt") and len(asked) == 2
 
 
-def test_nothing_half_written_is_left(tmp_path, capsys):
+def test_nothing_half_written_is_left(tmp_path):
     def broken(temporary):
         Path(temporary).write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    with pytest.raises(SystemExit):
+    with pytest.raises(UserError, match="No space left on device; choose another --out"):
         model.write_whole(tmp_path / "x.pt", broken)
-    assert list(tmp_path.iterdir()) == [] and "No space left" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot write"):
+        model.save_checkpoint(tmp_path / "file" / "x.pt", step=1)
+    model.save_checkpoint(tmp_path / "new" / "folder" / "x.pt", step=1)
+    assert model.read_torch(tmp_path / "new" / "folder" / "x.pt") == dict(step=1)
 
 
 @pytest.fixture
-def server(tmp_path):
+def server():
     """Serves 3 MiB; the first two connections break; honours Range unless told not to."""
     data, state = np.random.default_rng(0).bytes(3 * 2**20), dict(requests=[], breaks=2, ranges=True)
 
     class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):
+        def do_GET(self):  # noqa: N802
             wish = self.headers.get("Range")
             state["requests"].append(wish)
             if self.path == "/missing":
@@ -623,27 +943,38 @@ def server(tmp_path):
     httpd.shutdown()
 
 
+def only_file(path):
+    """The bytes of a file that has its folder for itself."""
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
+    return path.read_bytes()
+
+
 def test_download_continues_where_it_broke(server, tmp_path):
     url, data, state = server
-    path = model.download(f"{url}/w", tmp_path / "w.pt", len(data), hashlib.sha256(data).hexdigest())
-    assert path.read_bytes() == data and [p.name for p in tmp_path.iterdir()] == ["w.pt"]
+    model.download(f"{url}/w", tmp_path / "new" / "w.pt")
+    assert only_file(tmp_path / "new" / "w.pt") == data
     assert state["requests"] == [None, f"bytes={2**20}-", f"bytes={2 * 2**20}-"]
-    model.download("http://127.0.0.1:9/never", path)  # there already: no connection
+    model.download("http://127.0.0.1:9/never", tmp_path / "new" / "w.pt")  # there already: no connection
 
 
-def test_download_from_a_server_without_ranges(server, tmp_path):
+@pytest.mark.parametrize("stale", [None, 1, 2**20, 4 * 2**20])
+def test_download_from_a_server_without_ranges(stale, server, tmp_path):
+    """It starts over, also where another file's rest is shorter or longer."""
     url, data, state = server
     state.update(ranges=False, breaks=1)
-    assert model.download(f"{url}/w", tmp_path / "w.pt").read_bytes() == data
+    if stale:
+        (tmp_path / f"w.pt.{socket.gethostname()}.part").write_bytes(b"?" * stale)
+    model.download(f"{url}/w", tmp_path / "w.pt")
+    assert only_file(tmp_path / "w.pt") == data
 
 
-@pytest.mark.parametrize("stale, requests", [(0, 1), (100, 2)])
-def test_a_part_that_is_complete_is_taken_and_one_that_is_too_long_is_not(stale, requests, server, tmp_path):
+@pytest.mark.parametrize("stale", [0, 100])
+def test_a_part_that_is_as_long_as_the_file_is_fetched_anew(stale, server, tmp_path):
     url, data, state = server
     state["breaks"] = 0
     (tmp_path / f"w.pt.{socket.gethostname()}.part").write_bytes(data + bytes(stale))
-    assert model.download(f"{url}/w", tmp_path / "w.pt").read_bytes() == data
-    assert len(state["requests"]) == requests and [p.name for p in tmp_path.iterdir()] == ["w.pt"]
+    model.download(f"{url}/w", tmp_path / "w.pt")
+    assert only_file(tmp_path / "w.pt") == data and len(state["requests"]) == 2
 
 
 def test_two_programs_may_want_the_same_file(server, tmp_path):
@@ -651,21 +982,146 @@ def test_two_programs_may_want_the_same_file(server, tmp_path):
     both = [threading.Thread(target=model.download, args=(f"{url}/w", tmp_path / "w.pt")) for _ in range(2)]
     [t.start() for t in both]
     [t.join() for t in both]
-    assert (tmp_path / "w.pt").read_bytes() == data and [p.name for p in tmp_path.iterdir()] == ["w.pt"]
+    assert only_file(tmp_path / "w.pt") == data
 
 
-def test_download_refuses_what_is_wrong(server, tmp_path, capsys):
+def test_download_refuses_what_is_wrong(server, tmp_path):
+    url, data, state = server
+    wrong = ((f"{url}/missing", "404"), ("http://127.0.0.1:9/w", "refused"), ("http://[half/w", "IPv6"))
+    for address, words in wrong:
+        with pytest.raises(UserError, match=f"cannot download .*{words}.* put it at {tmp_path}/x.pt"):
+            model.download(address, tmp_path / "x.pt", tries=1)
+    with pytest.raises(UserError, match="broke at 1048576 of 3145728 bytes"):
+        model.download(f"{url}/w", tmp_path / "x.pt", tries=1)
+    assert not (tmp_path / "x.pt").exists()
+
+
+def test_ranks_meet_whatever_is_on_their_disks(server, tmp_path):
+    """Two machines, of which one has the file: none waits for ever, and a mistake of rank 0 is everybody's."""
     url, data, state = server
     state["breaks"] = 0
-    for path, size, sha256, words in (("/missing", None, None, "put it at"), ("/w", len(data) + 1, None, "instead of"), ("/w", None, "0" * 64, "SHA-256")):
-        with pytest.raises(SystemExit):
-            model.download(url + path, tmp_path / "x.pt", size, sha256)
-        assert words in capsys.readouterr().err and not (tmp_path / "x.pt").exists()
-        for part in tmp_path.glob("*.part"):
-            part.unlink()
-    with pytest.raises(SystemExit):  # offline
-        model.download("http://127.0.0.1:9/w", tmp_path / "x.pt", tries=1)
-    assert str(tmp_path / "x.pt") in capsys.readouterr().err
+    (tmp_path / "machine1" / "weights").mkdir(parents=True)
+    (tmp_path / "machine1" / "weights" / "w.pt").write_bytes(b"here")
+    (tmp_path / "run.py").write_text(f"""
+import os, sys
+from pathlib import Path
+sys.path.insert(0, {str(ROOT)!r})
+import model
+
+def say(*words):
+    sys.stdout.write(" ".join(map(str, words)) + "\\n")  # at once, also where torchrun does not buffer
+
+def main():
+    assert model.start_ranks("cpu").type == "cpu" and model.world_size() == 2
+    model.ROOT, os.environ["LOCAL_RANK"] = Path({str(tmp_path)!r}) / f"machine{{model.rank()}}", "0"
+    say("size", model.fetch("w.pt", "{url}/w").stat().st_size)
+    say("told", model.on_rank_0(lambda: f"by {{model.rank()}}"))
+    try:
+        model.on_rank_0(lambda: model.load_model("nobody"))
+    except model.UserError as e:
+        say("all", e)
+
+model.run_main(main)
+""")
+    done = launch(tmp_path / "run.py", ranks=2)
+    assert done.returncode == 0, done.stderr
+    lines = sorted(done.stdout.splitlines())
+    assert len(lines) == 6 and lines[0] == lines[1] and lines[0].startswith("all no model is called 'nobody'")
+    assert lines[2:] == [f"size {len(data)}", "size 4", "told by 0", "told by 0"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# model.py: how a run ends, flags, devices.
+
+
+def test_a_mistake_is_one_sentence_and_exit_code_2(capsys):
+    def mistaken():
+        raise UserError("this is\nwrong; do that")
+
+    with pytest.raises(SystemExit) as end:
+        model.run_main(mistaken)
+    captured = capsys.readouterr()
+    assert (end.value.code, captured.err, captured.out) == (2, "error: this is wrong; do that\n", "")
+
+    def stopped():
+        raise model.Stopped("stopped at step 3; continue with --resume auto")
+
+    model.run_main(stopped)  # returns: exit code 0
+    assert capsys.readouterr().out == "stopped at step 3; continue with --resume auto\n"
+    with pytest.raises(ZeroDivisionError):  # a fault of the program keeps its traceback
+        model.run_main(lambda: 1 / 0)
+
+
+def test_a_rank_that_fails_does_not_wait_for_the_others(tmp_path):
+    (tmp_path / "run.py").write_text(f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+import model
+
+def main():
+    model.start_ranks("cpu")
+    if model.rank() == 1:
+        raise model.UserError("this is wrong; do that")
+    model.barrier()
+
+model.run_main(main)
+""")
+    start, done = time.time(), launch(tmp_path / "run.py", ranks=2)
+    assert done.returncode == 1 and time.time() - start < 100  # torchrun's own code
+    assert done.stderr.count("error: this is wrong; do that\n") == 1
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--steps", "x"], "argument --steps: 'x' is not a whole number of at least 1; see"),
+    (["--steps", "1", "--no"], "unrecognized"),
+    (["--steps"], "expected one argument"), (["--lr", "nan"], "'nan' is not a number above 0"), ([], "required")])
+def test_mistaken_flags_are_one_sentence(flags, words):
+    parser = model.Parser("What it does.\n\n    as it is written")
+    parser.add_argument("--steps", type=model.whole(1), required=True)
+    parser.add_argument("--lr", type=model.real(0, None, open_low=True))
+    with pytest.raises(UserError) as refusal:
+        parser.parse_args(flags)
+    assert words in str(refusal.value) and "--help" in str(refusal.value) and "\n" not in str(refusal.value)
+    assert "\n\n    as it is written" in parser.format_help()
+    assert vars(parser.parse_args(["--steps", "3", "--lr", "1e-3"])) == dict(steps=3, lr=1e-3)
+
+
+@pytest.mark.parametrize("kind, good, bad", [
+    (model.whole(), ["0", "7", "9" * 50], ["-1", "1.5", "1e3", "x", "", "nan", "inf", "0x10", "9" * 9999]),
+    (model.whole(1, 3), ["1", "3"], ["0", "4", "-1"]),
+    (model.real(0), ["0", "1e-9", "3", "1e300", "-0"], ["-1", "-1e-9", "nan", "inf", "-inf", "1e400", "x", ""]),
+    (model.real(0, None, open_low=True), ["1e-300"], ["0", "-0", "1e-400", "nan", "inf"]),
+    (model.real(0, 1), ["0", "1", "0.5"], ["1.0001", "-0.1", "2", "nan"])])
+def test_flags_that_are_numbers(kind, good, bad):
+    for text in good:
+        assert float(kind(text)) == float(text)
+    for text in bad:
+        with pytest.raises(argparse.ArgumentTypeError, match="is not a .*number"):
+            kind(text)
+
+
+@pytest.mark.parametrize("device", ["tpu", "meta", "mps", "cuda:x", "cuda:-1", "cuda:99", "cpu:3", "", "cuda 0"])
+def test_devices_that_are_not_here(device):
+    with pytest.raises(UserError, match=f"--device {device} is not on this machine; use auto, cpu, cuda or cuda:N"):
+        model.start_ranks(device)
+    assert model.start_ranks("cpu") == torch.device("cpu")
+    assert model.start_ranks("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def test_progress_is_a_line_of_rank_0(capsys):
+    progress = model.Progress("draw", 100, "images", 40)
+    progress.start -= 15
+    progress.update(50)  # too early for a log file
+    assert capsys.readouterr().err == ""
+    progress.last -= 15
+    progress.update(70, "loss 1.0")
+    assert capsys.readouterr().err == "draw 70/100 images  2.0 images/s  ETA 0:00:15  loss 1.0\n"
+    progress.update(100)
+    assert "100/100" in capsys.readouterr().err
+    progress = model.Progress("wait", 10**9, "steps")
+    progress.last -= 15
+    progress.update(0)  # no rate yet
+    assert "0/1000000000 steps  0.0 steps/s" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------------------------------------------------------
