@@ -3,8 +3,8 @@
     python reproduce/table.py "Digits" "teacher||out/sample-teacher" "student||out/sample" --picture out/demo.png
     python reproduce/table.py "Table 8" "2e-4|207.27 3.73|DIR" "1e-4|194.31 4.10|DIR" --paper "IS FID"
 
-A row is NAME|PAPER|DIR: DIR is an --out of sample.py, with fid.json of fid.py there, and PAPER holds the numbers that the paper has
-for it, one for each name in --paper. They are shown beside ImageNet's only: the digits have other ones.
+A row is NAME|PAPER|DIR: DIR is an --out of sample.py, with fid.json of fid.py there, and PAPER holds the numbers that
+the paper has for it, one for each name in --paper. They are shown beside ImageNet's only: the digits have others.
 """
 import argparse
 import json
@@ -14,8 +14,9 @@ from PIL import Image, ImageDraw, ImageFont
 
 COLUMNS = {  # key in samples.json or fid.json -> title, format
     "depth": ("layers", "{}"), "parameters": ("parameters", "{:.2f} M"), "images_per_s": ("images/s", "{:.1f}"),
-    "cut_loss": ("loss after the cut", "{:.3f}"), "is": ("IS", "{:.2f}"), "fid": ("FID", "{:.2f}"), "sfid": ("sFID", "{:.2f}"),
-    "precision": ("precision", "{:.3f}"), "recall": ("recall", "{:.3f}"), "accuracy": ("right digit", "{:.1%}")}
+    "cut_loss": ("loss after the cut", "{:.3f}"), "is": ("IS", "{:.2f}"), "fid": ("FID", "{:.2f}"),
+    "sfid": ("sFID", "{:.2f}"), "precision": ("precision", "{:.3f}"), "recall": ("recall", "{:.3f}"),
+    "accuracy": ("right digit", "{:.1%}")}
 
 def facts_of(folder: Path) -> dict:
     """What is known of a cell: of its samples, and the loss right after its cut, which prune.py logged above."""
