@@ -106,7 +106,8 @@ def recover(net, average, teacher, objective, batches, pairs: list, run, config:
     for step in run:
         optimizer.param_groups[0]["lr"] = args.lr * lr_factor(step, args.steps, args.warmup, args.lr_end)
         beta = args.beta * (1 - step / args.steps)
-        for x, y, noise in batches(step):  # all parts of the batch that are this rank's
+        for part, (x, y, noise) in enumerate(batches(step)):  # all parts of the batch that are this rank's
+            torch.manual_seed(mix(args.seed, step, rank(), part))  # of MAR's dropout
             batch = objective.draw(x, y, noise)
             with run.autocast():
                 out = objective.predict(net, batch)

@@ -14,7 +14,6 @@ import argparse
 import contextlib
 import datetime
 import hashlib
-import http.client
 import json
 import os
 import sys
@@ -33,17 +32,16 @@ from PIL import Image
 from scipy.linalg.lapack import dpstrf
 
 ROOT = Path(__file__).resolve().parent
-INCEPTION_URL = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
-                 "pt_inception-2015-12-05-6726825d.pth")
-ADM_URL = "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/imagenet"
+PYTORCH_FID = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights"
+ADM = "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/imagenet"
+INCEPTION = "pt_inception-2015-12-05-6726825d.pth"
 WEIGHTS = {  # feature network -> its file, and where that is fetched from if it is not bundled
-    "inception": (ROOT / "weights/pt_inception-2015-12-05-6726825d.pth", INCEPTION_URL),
+    "inception": (ROOT / "weights" / INCEPTION, f"{PYTORCH_FID}/{INCEPTION}"),
     "digits": (ROOT / "weights/digits-classifier.pt", None)}
 REFS = {  # the same for reference sets: 10,000 digits; ADM's statistics of ImageNet and 10,000 of its images
     "digits": (ROOT / "data/mnist_train10k.npz", None),
-    "imagenet256": (ROOT / "weights/VIRTUAL_imagenet256_labeled.npz", f"{ADM_URL}/256/VIRTUAL_imagenet256_labeled.npz"),
-    "imagenet512": (ROOT / "weights/VIRTUAL_imagenet512.npz", f"{ADM_URL}/512/VIRTUAL_imagenet512.npz")}
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")  # of the images in a folder
+    "imagenet256": (ROOT / "weights/VIRTUAL_imagenet256_labeled.npz", f"{ADM}/256/VIRTUAL_imagenet256_labeled.npz"),
+    "imagenet512": (ROOT / "weights/VIRTUAL_imagenet512.npz", f"{ADM}/512/VIRTUAL_imagenet512.npz")}
 SPLIT = 5000  # images per split of the Inception Score, as in ADM
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -115,28 +113,23 @@ def blocks(a, b, size=512):
 
 class DigitNet(nn.Module):
     """A small CNN on grey 32x32 digits, 64 features before its last layer."""
-
     dims = 64, 0, 10
 
     def __init__(self):
         super().__init__()
-        layers, cin = [], 1
-        for cout, stride in [(16, 1), (32, 2), (32, 1), (64, 2), (64, 2)]:  # 32 -> 32 -> 16 -> 16 -> 8 -> 4
+        layers = []
+        for cin, cout, stride in [(1, 16, 1), (16, 32, 2), (32, 32, 1), (32, 64, 2), (64, 64, 2)]:  # 32 -> 16 -> 8 -> 4
             layers += [nn.Conv2d(cin, cout, 3, stride, 1, bias=False), nn.BatchNorm2d(cout), nn.ReLU()]
-            cin = cout
         self.body = nn.Sequential(*layers, nn.Flatten(), nn.Linear(1024, 64, bias=False), nn.BatchNorm1d(64), nn.ReLU())
         self.head = nn.Linear(64, 10)
 
     def preprocess(self, images):
-        """uint8 (B, H, W, C) -> float (B, 1, 32, 32) in [0, 1]."""
-        # Samples are 32x32 RGB, MNIST is 28x28 grey: colour becomes grey by the mean of its channels, and 28 pixels
-        # become 32 by two black ones on each side, just as the digits were padded for the autoencoder.
+        """uint8 (B, H, W, C) -> float (B, 1, 32, 32) in [0, 1]: the mean of the colours; 28 pixels become 32 by
+        two black ones on each side, as for the autoencoder whose samples are measured."""
         x = images.float().mean(3).unsqueeze(1) / 255
-        if x.shape[2:] == (28, 28):
-            x = F.pad(x, (2, 2, 2, 2))
+        x = F.pad(x, (2, 2, 2, 2)) if x.shape[2:] == (28, 28) else x
         if x.shape[2:] != (32, 32):
-            raise UserError(f"the digits network takes 28x28 or 32x32 images, not {x.shape[3]}x{x.shape[2]}: "
-                            "pass --features inception")
+            raise UserError(f"digits are 28x28 or 32x32 pixels, not {tuple(x.shape[2:])}: pass --features inception")
         return x
 
     def forward(self, images):
@@ -145,13 +138,9 @@ class DigitNet(nn.Module):
 
 class ConvBN(nn.Module):
     """Convolution, batch norm, ReLU; `fold` makes it a convolution with bias and a ReLU."""
-
-    def __init__(self, cin, cout, kernel, stride=1, padding=None):
+    def __init__(self, cin, cout, kernel, stride=1, padding="same"):
         super().__init__()
-        kernel = (kernel, kernel) if isinstance(kernel, int) else kernel
-        if padding is None:  # strided convolutions are not padded, the others keep the size
-            padding = 0 if stride == 2 else (kernel[0] // 2, kernel[1] // 2)
-        self.conv = nn.Conv2d(cin, cout, kernel, stride, padding, bias=False)
+        self.conv = nn.Conv2d(cin, cout, kernel, stride, padding if stride == 1 else "valid", bias=False)
         self.bn = nn.BatchNorm2d(cout, eps=1e-3)
 
     def forward(self, x):
@@ -160,9 +149,8 @@ class ConvBN(nn.Module):
     def fold(self):
         # bn(conv(x)) = gain * conv(x) + (bias - gain * mean), gain = weight / sqrt(var + eps); rounded once.
         gain = self.bn.weight.double() / (self.bn.running_var.double() + self.bn.eps).sqrt()
-        bias = self.bn.bias.double() - gain * self.bn.running_mean.double()
         self.conv.weight.data = (self.conv.weight.double() * gain[:, None, None, None]).float()
-        self.conv.bias = nn.Parameter(bias.float())
+        self.conv.bias = nn.Parameter((self.bn.bias.double() - gain * self.bn.running_mean.double()).float())
         self.bn = nn.Identity()
 
 POOLS = {"average": lambda x: F.avg_pool2d(x, 3, 1, 1, count_include_pad=False),  # padding is not counted
@@ -170,83 +158,74 @@ POOLS = {"average": lambda x: F.avg_pool2d(x, 3, 1, 1, count_include_pad=False),
          "stride": lambda x: F.max_pool2d(x, 3, 2)}  # about halves the side
 
 class Mixed(nn.Module):
-    """Branches side by side, concatenated. A branch is a chain of ConvBN (cout, kernel[, stride]), NAME_1, NAME_2, ..., or
-    NAME where it is alone; a list at its end means that its members (_2a, _2b) read the same input. `branch_pool` pools
-    first; in a block with stride 2 the pool is a branch without a convolution."""
-
-    def __init__(self, cin, branches, pool="average"):
+    """Branches side by side, concatenated. Their convolutions, NAME=(cout, kernel[, stride]), come in order: _2 follows
+    _1 and so on, _2b reads what _2a does, branch_pool pools first. With stride 2 the pool alone is a branch."""
+    def __init__(self, cin, pool="average", **convs):
         super().__init__()
-        self.pool, self.branches = pool, {}  # name -> for each step, the names of its convolutions
-        for name, chain in branches.items():
-            width, self.branches[name] = cin, []
-            for i, step in enumerate(chain, 1):
-                label = name if len(chain) == 1 else f"{name}_{i}"
-                convs = {label + "a": step[0], label + "b": step[1]} if isinstance(step, list) else {label: step}
-                for conv, args in convs.items():
-                    self.add_module(conv, ConvBN(width, *args))
-                width = step[0]
-                self.branches[name].append(list(convs))
+        self.pool, self.source, last = pool, {}, None  # source: name -> the convolution that it follows, or None
+        for name, (cout, *args) in convs.items():
+            step = name.split("_")[-1]
+            source = None if step[0] not in "2345" else self.source[last] if step[1:] == "b" else last
+            self.add_module(name, ConvBN(convs[source][0] if source else cin, cout, *args))
+            self.source[name], last = source, name
 
     def forward(self, x):  # (B, c, H, W) -> (B, c', H', W')
-        pooled, outs = POOLS[self.pool](x), []
-        for name, (*first, last) in self.branches.items():
-            y = pooled if name == "branch_pool" else x
-            for (conv,) in first:
-                y = getattr(self, conv)(y)
-            outs += [getattr(self, conv)(y) for conv in last]
-        return torch.cat(outs + [pooled] * (self.pool == "stride"), 1)
+        pooled, outs = POOLS[self.pool](x), {None: x}
+        for name, source in self.source.items():
+            outs[name] = getattr(self, name)(pooled if name == "branch_pool" else outs[source])
+        ends = [out for name, out in outs.items() if name not in self.source.values()]
+        return torch.cat(ends + [pooled] * (self.pool == "stride"), 1)
 
 def mixed_a(cin, pool):
-    return Mixed(cin, {"branch1x1": [(64, 1)], "branch5x5": [(48, 1), (64, 5)],
-                       "branch3x3dbl": [(64, 1), (96, 3), (96, 3)], "branch_pool": [(pool, 1)]})
+    return Mixed(cin, branch1x1=(64, 1), branch5x5_1=(48, 1), branch5x5_2=(64, 5),
+                 branch3x3dbl_1=(64, 1), branch3x3dbl_2=(96, 3), branch3x3dbl_3=(96, 3), branch_pool=(pool, 1))
 
 def mixed_c(width):
-    row, column = (1, 7), (7, 1)
-    return Mixed(768, {"branch1x1": [(192, 1)], "branch7x7": [(width, 1), (width, row), (192, column)],
-                       "branch7x7dbl": [(width, 1), (width, column), (width, row), (width, column), (192, row)],
-                       "branch_pool": [(192, 1)]})
+    return Mixed(768, branch1x1=(192, 1), branch7x7_1=(width, 1), branch7x7_2=(width, (1, 7)),
+                 branch7x7_3=(192, (7, 1)), branch7x7dbl_1=(width, 1), branch7x7dbl_2=(width, (7, 1)),
+                 branch7x7dbl_3=(width, (1, 7)), branch7x7dbl_4=(width, (7, 1)), branch7x7dbl_5=(192, (1, 7)),
+                 branch_pool=(192, 1))
 
 def mixed_e(cin, pool):
-    both = [(384, (1, 3)), (384, (3, 1))]
-    return Mixed(cin, {"branch1x1": [(320, 1)], "branch3x3": [(384, 1), both],
-                       "branch3x3dbl": [(448, 1), (384, 3), both], "branch_pool": [(192, 1)]}, pool)
+    return Mixed(cin, pool, branch1x1=(320, 1),
+                 branch3x3_1=(384, 1), branch3x3_2a=(384, (1, 3)), branch3x3_2b=(384, (3, 1)),
+                 branch3x3dbl_1=(448, 1), branch3x3dbl_2=(384, 3), branch3x3dbl_3a=(384, (1, 3)),
+                 branch3x3dbl_3b=(384, (3, 1)), branch_pool=(192, 1))
 
 class Inception(nn.Module):
     """Inception v3 (Szegedy et al. 2015, arXiv 1512.00567) as in TensorFlow's graph of 2015-12-05, which defines FID;
     names as in the public PyTorch weights."""
-
     dims = 2048, 17 * 17 * 7, 1008
 
     def __init__(self):
         super().__init__()
         self.Conv2d_1a_3x3 = ConvBN(3, 32, 3, stride=2)  # 299 -> 149
-        self.Conv2d_2a_3x3 = ConvBN(32, 32, 3, padding=0)
+        self.Conv2d_2a_3x3 = ConvBN(32, 32, 3, padding="valid")
         self.Conv2d_2b_3x3 = ConvBN(32, 64, 3)  # 147, then pooled to 73
         self.Conv2d_3b_1x1 = ConvBN(64, 80, 1)
-        self.Conv2d_4a_3x3 = ConvBN(80, 192, 3, padding=0)  # 71, then pooled to 35
+        self.Conv2d_4a_3x3 = ConvBN(80, 192, 3, padding="valid")  # 71, then pooled to 35
         self.Mixed_5b = mixed_a(192, 32)
         self.Mixed_5c = mixed_a(256, 64)
         self.Mixed_5d = mixed_a(288, 64)
-        self.Mixed_6a = Mixed(288, {"branch3x3": [(384, 3, 2)],  # 35 -> 17
-                                    "branch3x3dbl": [(64, 1), (96, 3), (96, 3, 2)]}, "stride")
+        self.Mixed_6a = Mixed(288, "stride", branch3x3=(384, 3, 2),  # 35 -> 17
+                              branch3x3dbl_1=(64, 1), branch3x3dbl_2=(96, 3), branch3x3dbl_3=(96, 3, 2))
         self.Mixed_6b = mixed_c(128)
         self.Mixed_6c = mixed_c(160)
         self.Mixed_6d = mixed_c(160)
         self.Mixed_6e = mixed_c(192)
-        self.Mixed_7a = Mixed(768, {"branch3x3": [(192, 1), (320, 3, 2)],  # 17 -> 8
-                                    "branch7x7x3": [(192, 1), (192, (1, 7)), (192, (7, 1)), (192, 3, 2)]}, "stride")
+        self.Mixed_7a = Mixed(768, "stride", branch3x3_1=(192, 1), branch3x3_2=(320, 3, 2),  # 17 -> 8
+                              branch7x7x3_1=(192, 1), branch7x7x3_2=(192, (1, 7)), branch7x7x3_3=(192, (7, 1)),
+                              branch7x7x3_4=(192, 3, 2))
         self.Mixed_7b = mixed_e(1280, "average")
         self.Mixed_7c = mixed_e(2048, "max")
         self.fc = nn.Linear(2048, 1008)
-        self.layout = torch.contiguous_format
 
     def fold(self):
         """Folds every batch norm into its convolution and goes channels-last: the same features, 1.65 times as fast."""
         for module in self.modules():
             if isinstance(module, ConvBN):
                 module.fold()
-        self.layout = torch.channels_last
-        return self.to(memory_format=self.layout)
+        return self.to(memory_format=torch.channels_last)
 
     def preprocess(self, images):
         """uint8 (B, H, W, C) -> float (B, 3, 299, 299) in [-1, 1)."""
@@ -254,7 +233,7 @@ class Inception(nn.Module):
         return (tf1_resize(x, 299) - 128) / 128
 
     def forward(self, images):
-        x = self.preprocess(images).contiguous(memory_format=self.layout)
+        x = self.preprocess(images)  # (B, 3, 299, 299)
         x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))  # (B, 64, 147, 147)
         x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(F.max_pool2d(x, 3, 2)))  # (B, 192, 71, 71)
         x = self.Mixed_5d(self.Mixed_5c(self.Mixed_5b(F.max_pool2d(x, 3, 2))))  # (B, 288, 35, 35)
@@ -277,12 +256,10 @@ def tf1_resize(x, size):
         x = a + (b - a) * weight
     return x
 
-def load_inception(path=None):
-    """The FID network, folded, with the public weights unless another file is given."""
+def load_inception(path=None):  # folded; the public weights unless another file is given
     return load_weights(Inception(), path or fetch(*WEIGHTS["inception"])).fold()
 
-def load_digits(path=None):
-    """The digit classifier, with the bundled weights unless another file is given."""
+def load_digits(path=None):  # the bundled weights unless another file is given
     return load_weights(DigitNet(), path or fetch(*WEIGHTS["digits"]))
 
 NETWORKS = {"inception": (Inception, load_inception), "digits": (DigitNet, load_digits)}
@@ -290,21 +267,18 @@ NETWORKS = {"inception": (Inception, load_inception), "digits": (DigitNet, load_
 def load_weights(net, path):
     """net with the state dict in `path`, in eval mode."""
     if not Path(path).is_file():
-        raise UserError(f"{path} does not exist: give another --ckpt, or none for the standard weights")
+        raise UserError(f"{path} does not exist: give another --ckpt, or none for the standard ones")
     try:
         counters = {k: v for k, v in net.state_dict().items() if k.endswith("num_batches_tracked")}
         net.load_state_dict(counters | torch.load(path, map_location="cpu", weights_only=True))  # float16 or float32
     except Exception as error:  # a file of any bytes
-        raise UserError(f"{path} does not hold the weights of {type(net).__name__}: give another --ckpt, or none "
-                        "for the standard weights, or delete a broken download") from error
+        raise UserError(f"{path} holds no weights of {type(net).__name__}: give another --ckpt, or none") from error
     return net.eval()
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Inputs: an ADM .npz, a folder of images, or an .npz of ready statistics.
 
-class Images(NamedTuple):
-    """Where images come from."""
-
+class Images(NamedTuple):  # where images come from
     path: Path
     n: int = 0  # 0: ready statistics only
     shape: tuple = None  # (H, W, C)
@@ -320,8 +294,7 @@ def open_images(path):
     if path.is_dir():
         return open_folder(path)
     if not path.is_file():
-        raise UserError(f"{path} does not exist: sample.py writes samples.npz into its --out, and --ref takes a path "
-                        f"or {', '.join(REFS)}")
+        raise UserError(f"{path} does not exist: sample.py writes samples.npz, --ref takes a path or {', '.join(REFS)}")
     try:
         return open_npz(path)
     except UserError:
@@ -341,28 +314,24 @@ def open_npz(path):
     for mu, sigma in pairs:
         if ready[sigma].shape != 2 * ready[mu].shape or not np.isfinite(ready[sigma]).all():
             raise UserError(f"{sigma} of {path}, {ready[sigma].shape}, is no covariance of its {mu}: write it again")
+    if "arr_0" not in names and not ready:
+        raise UserError(f"{path} holds {names}: it must hold images (arr_0) or statistics (mu, sigma)")
     if "arr_0" not in names:
-        if not ready:
-            raise UserError(f"{path} holds {names}: it must hold images (arr_0) or statistics (mu, sigma)")
         return Images(path, ready=ready, fingerprint=fingerprint)
     array = map_array(path, "arr_0.npy")
-    if array.dtype != np.uint8 or array.ndim not in (3, 4) or (array.ndim == 4 and array.shape[3] not in (1, 3)):
-        raise UserError(f"arr_0 of {path} is {array.dtype} {array.shape}: it must be uint8 (N, H, W, 3) or (N, H, W)")
-    if len(array) < 2 or array.size == 0:
-        raise UserError(f"{path} holds {len(array)} images: a covariance needs at least 2")
+    if array.dtype != np.uint8 or array.ndim < 3 or array.shape[3:] not in ((), (1,), (3,)) or not array[1:].size:
+        raise UserError(f"arr_0 of {path}, {array.dtype} {array.shape}, must be uint8 (N, H, W, 3) or (N, H, W), N > 1")
     if labels is not None and (labels.shape != array.shape[:1] or labels.dtype.kind not in "iu"):
         raise UserError(f"labels (arr_1) of {path} are {labels.dtype} {labels.shape}: give each image a whole number")
-    if array.ndim == 3:
-        array = array[..., None]  # grey
+    array = array if array.ndim == 4 else array[..., None]  # grey
     return Images(path, len(array), array.shape[1:], lambda lo, hi: np.array(array[lo:hi]), labels, ready, fingerprint)
 
 def map_array(path, member):
     """One array of an .npz, memory-mapped where it is stored uncompressed (50,000 images of 256x256 are 9.8 GB)."""
-    with zipfile.ZipFile(path) as archive:
+    with zipfile.ZipFile(path) as archive, archive.open(member) as file:
         info = archive.getinfo(member)
         if info.compress_type != zipfile.ZIP_STORED:
-            with archive.open(member) as file:
-                return np.lib.format.read_array(file, allow_pickle=False)
+            return np.lib.format.read_array(file, allow_pickle=False)
     with open(path, "rb") as file:
         file.seek(info.header_offset + 26)
         file.seek(int(np.frombuffer(file.read(4), "<u2").sum()), os.SEEK_CUR)  # over the member's name and extra field
@@ -372,9 +341,9 @@ def map_array(path, member):
 
 def open_folder(path):
     """A folder of images of one size, in sorted order, read as they are needed."""
-    files = sorted(f for f in path.rglob("*") if f.suffix.lower() in SUFFIXES)
+    files = sorted(f for f in path.rglob("*") if f.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp", ".bmp"))
     if len(files) < 2:
-        raise UserError(f"{path} holds {len(files)} images ({' '.join(SUFFIXES)}): a covariance needs at least 2")
+        raise UserError(f"{path} holds {len(files)} images: a covariance needs at least 2")
 
     def load(file, shape=None):
         try:
@@ -382,8 +351,7 @@ def open_folder(path):
         except Exception as error:  # a file of any bytes
             raise UserError(f"{file} is not a readable image ({error}): remove it") from error
         if shape and image.shape != shape:
-            raise UserError(f"{file} is {image.shape[1]}x{image.shape[0]} but {files[0]} is {shape[1]}x{shape[0]}: "
-                            "crop all images to one size first")
+            raise UserError(f"{file} is {image.shape} but {files[0]} is {shape}: crop all images to one size first")
         return image
 
     shape = load(files[0]).shape
@@ -394,9 +362,7 @@ def open_folder(path):
 # ---------------------------------------------------------------------------------------------------------------------
 # Statistics: one pass over the images, shared among the ranks; sums in float64, so order and batch size do not show.
 
-class Moments:
-    """Streaming mean and covariance."""
-
+class Moments:  # streaming mean and covariance
     def __init__(self, dim, device):
         self.total = torch.zeros(dim, dtype=torch.float64, device=device)
         self.outer = torch.zeros(dim, dim, dtype=torch.float64, device=device)
@@ -416,12 +382,11 @@ def compute_statistics(images, net, batch_size, device, keep):
     Rank r takes the r-th run of images; rank 0 returns the result, the others None."""
     rank, world = ranks()
     dim, spatial_dim, classes = net.dims
-    share = -(-images.n // world)
-    lo, hi = min(rank * share, images.n), min((rank + 1) * share, images.n)
+    lo, hi = rank * images.n // world, (rank + 1) * images.n // world
     pool, spatial = Moments(dim, device), Moments(spatial_dim, device)
     sums = torch.zeros(-(-images.n // SPLIT), classes + 2, dtype=torch.float64, device=device)
     right = torch.zeros(1, dtype=torch.float64, device=device)
-    kept = torch.zeros(share if keep else 0, dim, device=device)
+    kept = torch.zeros(images.n if keep else 0, dim, device=device)  # other ranks' rows stay 0, so a sum joins them
     labels = None if images.labels is None else torch.from_numpy(images.labels.astype(np.int64)).to(device)
     batches = [(start, min(start + batch_size, hi)) for start in range(lo, hi, batch_size)]
     for start, stop in progress(batches, images.path.name, images.n):
@@ -432,14 +397,10 @@ def compute_statistics(images, net, batch_size, device, keep):
         if labels is not None:
             right += (probs.argmax(1) == labels[start:stop]).sum()
         if keep:
-            kept[start - lo:stop - lo] = features
-    if world > 1:
-        for total in (pool.total, pool.outer, spatial.total, spatial.outer, sums, right):
-            if total.numel():
-                dist.all_reduce(total)
-        parts = [torch.empty_like(kept) for _ in range(world)] if rank == 0 else None
-        dist.gather(kept, parts)
-        kept = torch.cat(parts) if rank == 0 else None
+            kept[start:stop] = features
+    for total in (pool.total, pool.outer, spatial.total, spatial.outer, sums, right, kept):
+        if world > 1 and total.numel():
+            dist.reduce(total, 0)
     if rank:
         return None
     stats = {"n": images.n, "is": inception_score(sums)}
@@ -449,7 +410,7 @@ def compute_statistics(images, net, batch_size, device, keep):
     if labels is not None:
         stats["accuracy"] = right.item() / images.n
     if keep:
-        stats["features"] = kept[: images.n].cpu().numpy()
+        stats["features"] = kept.cpu().numpy()
     return stats
 
 def statistics(images, net, key, features, batch_size, device, keep, cache):
@@ -492,41 +453,32 @@ def evaluate(samples, ref="digits", features=None, ckpt=None, batch_size=None, d
     for line in warnings if rank == 0 else []:
         print(f"warning: {line}", file=sys.stderr)
     per_rank = -(-batch_size // world) if batch_size else 64
-    sets = []
-    for images, through in zip((samples, ref), needed):
-        stats = statistics(images, net, key, features, per_rank, device, pr, cache) if through else {}
-        sets.append({**(stats or {}), **images.ready})  # statistics that a file brings win, as in ADM's evaluator
+    found = [statistics(images, net, key, features, per_rank, device, pr, cache) if through else {}
+             for images, through in zip((samples, ref), needed)]
     if rank:
         return None
-    fake, real = sets
+    fake, real = found[0] | samples.ready, found[1] | ref.ready  # what a file brings wins, as in ADM's evaluator
     result = {"features": features, "num_samples": samples.n, "num_ref": ref.n}
     for name, mu, sigma in (("fid", "mu", "sigma"), ("sfid", "mu_s", "sigma_s")):
         if mu in fake and mu in real:
             result[name] = frechet_distance(fake[mu], fake[sigma], real[mu], real[sigma])
-    if "is" in fake:
-        result["is"] = fake["is"]
     if pr:
         result["precision"], result["recall"] = precision_recall(real["features"], fake["features"], device=device)
-    if "accuracy" in fake and features == "digits":
-        result["accuracy"] = fake["accuracy"]
-    return {**result, "warnings": warnings}
+    own = ("is", "accuracy") if features == "digits" else ("is",)
+    return {**result, **{k: fake[k] for k in own if k in fake}, "warnings": warnings}
 
 def open_pair(samples, ref, features):
     """Both sets and the network for them: Inception for its own statistics and for images of more than 64 pixels."""
-    pair = [open_images(samples), open_images(ref)]
-    if features is None:
-        natural = any(x.ready and len(x.ready["mu"]) == 2048 or x.n and max(x.shape[:2]) > 64 for x in pair)
-        features = "inception" if natural else "digits"
+    pair = open_images(samples), open_images(ref)
+    natural = any(len(x.ready.get("mu", ())) == 2048 or x.n and max(x.shape[:2]) > 64 for x in pair)
+    features = features or ("inception" if natural else "digits")
     dims = NETWORKS[features][0].dims
-    for i, images in enumerate(pair):
-        found = [len(x) for name, x in images.ready.items() if name.startswith("mu")]
-        if found != list(dims[:len(found)]):
-            if not images.n:
-                raise UserError(f"{images.path} holds statistics of {found[0]} features, {features} has {dims[0]}: "
-                                "pass another --features or --ref")
-            pair[i] = images._replace(ready={})  # another network's: its images will do
-        if images.n and features == "digits":  # a wrong size is best told before the work starts
-            DigitNet().preprocess(torch.zeros(1, *images.shape))
+    for x in pair:
+        found = tuple(len(x.ready[mu]) for mu in ("mu", "mu_s") if mu in x.ready)
+        if found != dims[:len(found)]:
+            raise UserError(f"{x.path} is of {found[0]} features, not {dims[0]}: pass another --features or --ref")
+        if x.n and features == "digits":  # a wrong size is best told before the work starts
+            DigitNet().preprocess(torch.zeros(1, *x.shape))
     return *pair, features
 
 def comparability(samples, ref, features, dim):
@@ -537,27 +489,22 @@ def comparability(samples, ref, features, dim):
     if 0 < n <= dim:
         lines.append(f"{n} samples are no more than the {dim} features: the covariance is singular, FID far too high")
     if features == "inception" and n and ref.n and samples.shape[:2] != ref.shape[:2]:
-        sizes = [f"{x.shape[1]}x{x.shape[0]}" for x in (samples, ref)]
-        lines.append(f"samples are {sizes[0]} but the reference is {sizes[1]}: resizing blurs one more than the other")
+        lines.append(f"samples are {samples.shape[:2]}, the reference {ref.shape[:2]}: resizing blurs one of them more")
     return lines + [f"{x.path} holds JPEG files: their artefacts change FID" for x in (samples, ref) if x.jpeg]
 
-ROWS = {"fid": ("FID", "lower is better"), "sfid": ("sFID", "lower is better"),
-        "is": ("Inception Score", "higher is better"), "precision": ("Precision", "0 to 1, higher is better"),
-        "recall": ("Recall", "0 to 1, higher is better"), "accuracy": ("Label accuracy", "0 to 1, higher is better")}
+ROWS = {"fid": ("FID", "lower"), "sfid": ("sFID", "lower"), "is": ("Inception Score", "higher"),
+        "precision": ("Precision", "higher"), "recall": ("Recall", "higher"), "accuracy": ("Label accuracy", "higher")}
 
-def parse_args():
-    """The command line."""
+def main():
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument_group("what is compared").add_argument
     add("samples", nargs="?", default="out/sample/samples.npz", metavar="SAMPLES",
-        help=".npz with arr_0 uint8 (N, H, W, 3) or (N, H, W) and labels arr_1 if any; a folder of images of one size; "
-             "or .npz of statistics mu, sigma[, mu_s, sigma_s] (default: %(default)s)")
+        help=".npz with arr_0 uint8 (N, H, W[, 3]) and labels arr_1 if any, a folder of images of one size, or .npz of "
+             "mu, sigma[, mu_s, sigma_s] (default: %(default)s)")
     add("--ref", default="digits", metavar="NAME|PATH",
-        help=f"a reference set: {', '.join(REFS)} (ImageNet's are downloaded once), or a path as above "
-             "(default: %(default)s)")
+        help=f"{', '.join(REFS)} (ImageNet's are downloaded once), or a path as above (default: %(default)s)")
     add = parser.add_argument_group("how it is measured").add_argument
-    add("--features", choices=list(WEIGHTS),
-        help="feature network (default: inception for images over 64 pixels or its own statistics, else digits)")
+    add("--features", choices=NETWORKS, help="(default: inception for over 64 pixels or its statistics, else digits)")
     add("--ckpt", metavar="FILE", help="its weights (default: the standard ones, Inception's downloaded once)")
     add("--no-pr", action="store_true", help="no precision and recall: keeps no features, so any number of images fits")
     add("--no-cache", action="store_true", help="neither read nor write NAME.fid-FEATURES.npz next to the inputs")
@@ -566,24 +513,19 @@ def parse_args():
     add = parser.add_argument_group("on which machine").add_argument
     add("--batch-size", type=whole, metavar="N", help="images per step, all ranks together (default: 64 per rank)")
     add("--device", default="auto", help="auto (cuda where there is one), cpu, cuda or cuda:N (default: %(default)s)")
-    return parser.parse_args()
-
-def main():
-    args = parse_args()
-    device = setup(args.device)
-    result = evaluate(args.samples, args.ref, args.features, args.ckpt, args.batch_size, device,
-                      not args.no_cache, not args.no_pr)
-    if result is None:
+    args = parser.parse_args()
+    result = evaluate(args.samples, args.ref, args.features, args.ckpt, args.batch_size, setup(args.device),
+                      cache=not args.no_cache, pr=not args.no_pr)
+    if result is None:  # a rank other than 0
         return
     line = json.dumps({"samples": str(args.samples), "ref": str(args.ref), **result})
     if args.json == "-":
-        print(line)
-        return
+        return print(line)
     counts = [f"{n} images" if n else "ready statistics" for n in (result["num_samples"], result["num_ref"])]
     print(f"{args.samples} ({counts[0]}) against {args.ref} ({counts[1]}), {result['features']} features")
-    for name, (title, meaning) in ROWS.items():
+    for name, (title, better) in ROWS.items():
         if name in result:
-            print(f"  {title:<16}{result[name]:>12.4f}   {meaning}")
+            print(f"  {title:<16}{result[name]:>12.4f}   {better} is better")
     if args.json:
         try:
             write_whole(args.json, lambda file: file.write((line + "\n").encode()))
@@ -595,35 +537,30 @@ def main():
 
 class UserError(Exception):
     """A mistake that the user can fix, in one sentence that ends with what to do."""
-
-class Parser(argparse.ArgumentParser):
-    """A parser whose mistakes are one sentence, like all others."""
+class Parser(argparse.ArgumentParser):  # whose mistakes are one sentence, like all others
 
     def error(self, message):
         raise UserError(f"{message}; see {self.prog} --help")
 
-def whole(text):
-    """A type for argparse: a whole number of at least 1."""
+def whole(text):  # a type for argparse
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
     return int(text)
 
-def ranks():
-    """(this process's rank, how many there are)."""
+def ranks():  # this process's rank, and how many there are
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 def setup(device="auto"):
     """The device of this process, which joins the others if torchrun started it: nccl on CUDA, gloo on CPU."""
-    name = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    devices = ["cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    name = device if device != "auto" else "cuda" if len(devices) > 1 else "cpu"
     name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name
-    cuda = name.startswith("cuda:")
-    try:
-        device = torch.device(name if cuda or name == "cpu" else "")
-        if cuda:
-            torch.cuda.set_device(device)
-    except Exception as error:
-        raise UserError(f"--device {name} is no device of this machine: pass auto, cpu, cuda or cuda:N") from error
-    torch.backends.cudnn.allow_tf32 = False  # TF32 would round to three digits
+    if name not in devices:
+        raise UserError(f"--device {device} means {name}, but this machine has {', '.join(devices)}: pass one of them")
+    device, cuda = torch.device(name), name != "cpu"
+    if cuda:
+        torch.cuda.set_device(device)
+        torch.backends.cudnn.allow_tf32 = False  # TF32 would round to three digits
     if "RANK" in os.environ:  # nccl is told the device, since it would guess one from the rank
         dist.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(hours=2),
                                 device_id=device if cuda else None)
@@ -646,8 +583,7 @@ def together(function):
 
 def fetch(path, url=None):
     """path, after one rank per machine has downloaded it where it was not there; all ranks meet, whatever they find."""
-    here = url is None or path.exists() or int(os.environ.get("LOCAL_RANK", 0)) > 0
-    together(lambda: here or download(url, path))
+    together(lambda: url is None or path.exists() or int(os.environ.get("LOCAL_RANK", 0)) or download(url, path))
     return path
 
 def download(url, path):
@@ -663,21 +599,19 @@ def download(url, path):
 
     try:
         write_whole(path, transfer)
-    except (OSError, http.client.HTTPException) as error:
+    except Exception as error:  # of the network, the server or the disk
         raise UserError(f"cannot download {url} ({error}): fetch it by hand and put it at {path}") from error
 
 def write_whole(path, write):
     """write(file) under a temporary name, then rename: nobody ever reads half a file."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.urandom(4).hex()}.tmp")
+    temporary = Path(path).with_name(f".{Path(path).name}.{os.urandom(4).hex()}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
             write(file)
         os.replace(temporary, path)
     finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
+        temporary.unlink(missing_ok=True)
 
 def progress(steps, what, total, unit="images"):
     """Yields the steps of a list; every few seconds rank 0 says how far they are, how fast, and how long is left."""
@@ -691,8 +625,7 @@ def progress(steps, what, total, unit="images"):
                   file=sys.stderr, flush=True)
 
 def run_main(main):
-    """main(), with a mistake told in one sentence and exit code 2. A rank that fails does not wait for the others,
-    which may sit in a collective: torchrun ends them."""
+    """main(), or a mistake in one sentence and exit code 2. A rank that fails waits for nobody: torchrun ends all."""
     try:
         main()
     except UserError as error:

@@ -40,7 +40,8 @@ from PIL import Image, ImageDraw
 from extract_latents import Batches, Latents, check_fit
 from model import (
     HALVES, MODELS, Parser, Progress, Stopped, UserError, autocast, barrier, choose_dtype, freeze_linear, load_model,
-    mix, on_rank_0, rank, read_torch, real, run_main, save_checkpoint, start_ranks, whole, world_size, write_whole)
+    mix, on_rank_0, rank, read_torch, reading, real, run_main, save_checkpoint, start_ranks, whole, world_size,
+    write_whole)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Groups and their candidate masks.
@@ -545,7 +546,7 @@ def add_training_arguments(parser):
     add("--latents", default="out/latents", metavar="DIR", help="written by extract_latents.py (default: %(default)s)")
     add("--batch-size", type=whole(1), metavar="N", help="global batch, shared out over ranks (default: the recipe's)")
     add("--steps", type=whole(1), metavar="N", help="optimiser steps of the whole run (default: the recipe's)")
-    add("--epochs", type=real(0, open_low=True), metavar="N", help="the same in passes over the data")
+    add("--epochs", type=real(0, 1e6, open_low=True), metavar="N", help="the same in passes over the data")
     add("--seed", type=whole(0), default=0, help="of everything drawn (default: %(default)s)")
     add("--resume", metavar="auto|never|FILE", help="auto goes on from the newest step-*.pt of --out, if there is one; "
         "never starts anew over an unfinished run")
@@ -712,18 +713,19 @@ class Run:
         path = None if wish == "never" else on_rank_0(self.newest) if wish in ("auto", None) else Path(wish)
         if path is None:
             return None
-        saved = read_torch(path)
-        then = saved.get("args") or {}
+        with reading(path):
+            saved = read_torch(path)
+            then, step = dict(saved["args"]), int(saved["step"])
         if wish is None:
-            if saved["step"] < then.get("steps", 0):
-                raise UserError(f"{self.out} holds a run that stopped at step {saved['step']} of {then['steps']}; "
+            if step < then["steps"]:
+                raise UserError(f"{self.out} holds a run that stopped at step {step} of {then['steps']}; "
                                 "add --resume auto to go on, or --resume never to start anew")
             return None
         for k, now in self.fixed.items():
             if now != then.get(k):
                 raise UserError(f"{path} belongs to a run with --{k.replace('_', '-')} {then.get(k)}, not {now}; "
                                 "repeat its flags, choose another --out, or start anew with --resume never")
-        self.step = saved["step"]
+        self.step = step
         return saved
 
     def newest(self):
@@ -742,9 +744,9 @@ class Run:
         """A fresh run starts its folder anew; a resumed one drops the log lines that it will write again."""
         log = self.out / "log.jsonl"
         lines = log.read_text().splitlines() if self.saved and log.exists() else []
-        lines = [line for line in lines if line.endswith("}")]  # a kill may tear one
-        lines = [line for line in lines if json.loads(line)["step"] <= self.step]
-        write_whole(log, lambda temporary: temporary.write_text("".join(line + "\n" for line in lines)))
+        lines = [json.loads(line) for line in lines if line.endswith("}")]  # a kill may tear one
+        lines = [json.dumps(line) + "\n" for line in lines if line["step"] <= self.step and "cut" not in line]
+        write_whole(log, lambda temporary: temporary.write_text("".join(lines)))
         for old in self.out.glob("step-[0-9]*.pt"):
             if int(old.stem[5:]) > self.step:
                 old.unlink()

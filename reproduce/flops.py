@@ -32,8 +32,8 @@ def kept(net, *inputs) -> float:
     assert out.requires_grad
     return sum(storage.nbytes() for place, storage in found.items() if place not in weights) / 2**20
 
-for name in ("dit-xl", "dit-d19", "dit-d14", "dit-d7"):
-    net = build_model(name).to("meta")
+for depth in (28, 19, 14, 7):
+    name, net = f"D{depth}", build_model("dit-xl", depth).to("meta")
     inputs = torch.empty(1, 4, 32, 32), torch.empty(1), torch.zeros(1, dtype=torch.long)
     size = sum(p.numel() for p in net.parameters()) / 1e6
     print(f"{name:8} {size:6.1f} M parameters  {multiply_adds(net, *inputs)}  "
