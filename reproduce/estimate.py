@@ -5,12 +5,13 @@
 A command's units are training steps, images drawn, or cuts tried. What a unit takes is known from finished commands of
 the same stage (TIMINGS, lines of seconds and command), or assumed: below.
 """
+import datetime
 import statistics
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from model import MODELS, clock
+from model import MODELS
 
 # Seconds per step, per image drawn in the model's own number of steps, and per cut tried by lowest-loss: of the digits
 # on one CPU core, of ImageNet on one GPU (the README's guess for an A100, which nobody measured).
@@ -34,6 +35,9 @@ def units_of(command: str, images: int):
         steps = int(flags.get("--steps", str(own)).removeprefix("ddim"))
         return stage, int(flags["--num-images"]) * steps / own
     return stage, 1
+
+def clock(seconds: float) -> str:
+    return str(datetime.timedelta(seconds=round(seconds)))
 
 def main():
     plan, timings, gpus = sys.argv[1:]
