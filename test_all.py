@@ -14,6 +14,7 @@ import inspect
 import itertools
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -3013,3 +3014,71 @@ def test_fid_leaves_the_group_only_after_success(monkeypatch, capsys):
     assert stop.value.code == 2 and capsys.readouterr().err == "error: do this\n" and calls == []
     fid.run_main(lambda: None)
     assert calls == ["barrier", "leave"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The README and the house.
+
+README = (ROOT / "README.md").read_text()
+STAGES_OF_README = dict(extract_latents=extract_latents, prune=prune, distill=distill, sample=sample, fid=fid)
+
+
+def commands_of(text):
+    """The stages that a text's code blocks call: (stage, flags)."""
+    lines = re.findall(r"^(?:torchrun \S+|python) +(\w+)\.py *([^#\n]*)", text, re.M)
+    return [(name, flags.split()) for name, flags in lines if name in STAGES_OF_README]
+
+
+def test_every_command_of_the_readme_parses(monkeypatch):
+    class Parsed(Exception):
+        pass
+
+    def stop(*_, **__):
+        raise Parsed
+
+    commands = commands_of(README) + [c for m in STAGES_OF_README.values() for c in commands_of(
+        "\n".join(line.strip() for line in m.__doc__.splitlines()))]
+    assert len(commands) > 30
+    for name, flags in commands:
+        module = STAGES_OF_README[name]
+        monkeypatch.setattr(module, "setup" if name == "fid" else "start_ranks", stop)
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *flags])
+        with pytest.raises(Parsed):
+            module.main()
+
+
+def test_what_the_readme_names_exists():
+    sources = "\n".join(path.read_text() for path in [*ROOT.glob("*.py"), *ROOT.glob("reproduce/*")] if path.is_file())
+    for file in set(re.findall(r"(?<![\w/.-])((?:reproduce|docs|data)/[\w./-]+\w|\w+\.py)\b", README)):
+        assert (ROOT / file).exists() or file == "my_idea.py", file
+    torchruns = {"nproc_per_node", "nnodes", "max-restarts", "signals-to-handle", "shutdown-timeout", "log-dir"}
+    for flag in set(re.findall(r"(?<![\w-])--([a-z][\w-]+)", README)) - torchruns:
+        assert f'"--{flag}"' in sources, flag
+    for word in set(re.findall(r"`([A-Za-z_]\w*(?:\.\w+)?)`", README)):
+        assert re.search(rf"\b{word.split('.')[-1]}\b", sources), word
+
+
+def test_the_code_in_the_readme_is_the_code_that_runs(latents, tmp_path, monkeypatch):
+    blocks = re.findall(r"```python\n(.*?)```", README, re.S)
+    lesson = "\n".join(line.strip() for line in (ROOT / "prune.py").read_text().splitlines())
+    listing = next(block for block in blocks if "CRITERIA" in block)
+    for block in blocks:
+        if block is not listing:
+            assert "\n".join(line.strip() for line in block.strip().splitlines()) in lesson, block
+    monkeypatch.setattr(prune, "CRITERIA", dict(prune.CRITERIA))
+    monkeypatch.setattr(sys, "argv", ["my_idea.py", "--criterion", "size", "--latents", str(latents), "--out", str(tmp_path)])
+    exec(listing, {})
+    config = torch.load(tmp_path / "shallow.pt", weights_only=True)["config"]
+    net, _ = model.load_model("dit-tiny")
+    size = [sum(p.square().sum().item() for p in layer.parameters()) for layer in net.layers()]
+    assert config["kept"] == [max((i, i + 1), key=size.__getitem__) for i in range(0, 12, 2)]
+    assert len(listing.splitlines()) <= 20
+
+
+def test_imports_follow_the_pipeline():
+    order = dict(model=[], extract_latents=["model"], prune=["model", "extract_latents"], sample=["model", "extract_latents"],
+                 distill=["model", "extract_latents", "prune"], fid=[])
+    for name, allowed in order.items():
+        imported = set(re.findall(r"^(?:from|import) (\w+)", (ROOT / f"{name}.py").read_text(), re.M))
+        assert imported & set(order) <= set(allowed), name
+        assert imported - set(order) <= set(sys.stdlib_module_names) | {"torch", "numpy", "PIL", "scipy"}, name
