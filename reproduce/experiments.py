@@ -1,14 +1,15 @@
 """Runs the experiments behind the README's tables on the bundled digits, cell by cell, into docs/results.
 
     python reproduce/experiments.py --list            # which cells docs/results lacks, and how long they would take
-    python reproduce/experiments.py                   # computes them (--share 0/2 and --share 1/2: two processes share them)
+    python reproduce/experiments.py                   # computes them; start it twice (--share 0/2, 1/2) to use two cores
     python reproduce/experiments.py --only sit-tiny   # cells whose name contains a text
     python reproduce/experiments.py --again 2         # computes two finished cells of each kind anew and compares
-    python reproduce/experiments.py --tables          # every table, as markdown; --table NAME: one; --pictures: docs/*.png
+    python reproduce/report.py --tables               # the tables, from docs/results alone; --pictures: docs/*.png
 
-A cell is one call of the stages: a choice (prune.py), a recovery (prune.py --criterion indices, distill.py, sample.py, fid.py), the loss
-right after each possible cut, or scores of each layer. Each leaves a file in out/experiments at once, so that a kill loses one cell.
-The recovery of a cut that a criterion chose waits until that choice is there: run the script again until nothing is left.
+A cell is a way through the stages. `losses`: the loss right after every cut of a scheme (prune.py --criterion lowest-loss).
+`choice`: what one criterion keeps. `recovery`: a cut, recovered for some steps, 500 samples, their Fréchet distance. Each is
+written when it is done, so a kill loses one cell. The recovery of a chosen cut waits until the choice is known: run the
+script until nothing is left.
 """
 import argparse
 import contextlib
@@ -20,93 +21,211 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
-
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "reproduce")]
-RESULTS, SCRATCH, LATENTS = ROOT / "docs" / "results", ROOT / "out" / "experiments", ROOT / "out" / "latents"
-FREE = {"dit-tiny": "6:12", "sit-tiny": "6:12", "mar-tiny": "3:6"}  # a MAR group never straddles encoder and decoder
+RESULTS, OUT = ROOT / "docs" / "results", ROOT / "out" / "experiments"
+FILES = {  # kind: (the fields that name a cell, how it was made)
+    "losses": ("model scheme", "diffusion loss right after the cut, on 256 fixed draws, of every cut of the scheme"),
+    "choice": ("model criterion scheme delta_w seed", "seed: of the search, whose recipe is 250 steps of 64, lr 1e-3 and 1e-4"),
+    "recovery": ("model kept mode steps lr sigma seed",
+                 "seed: of the recovery, batch 64, lr 1e-3, EMA 0.999; fd: Fréchet distance of 500 samples on the digit "
+                 "classifier's features (DiT: ddim, 20 steps, guidance 1.5; SiT: ode-euler, 20; MAR: 8 rounds, guidance 3), seed 0; "
+                 "right: share read as the digit asked for; at: fd of earlier steps of the same run; seconds: of the recovery")}
+FREE = {"dit-tiny": "6:12", "sit-tiny": "6:12", "mar-tiny": "3:6"}  # a group of MAR never straddles encoder and decoder
 SAMPLING = {"dit-tiny": "--sampler ddim --steps 20", "sit-tiny": "--sampler ode-euler --steps 20", "mar-tiny": ""}
-SECONDS = {"dit-tiny": 0.18, "sit-tiny": 0.18, "mar-tiny": 0.6}  # per step of recovery, one core without AMX
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The plan: every cell, in order of importance.
+# The plan: every cell, the most telling first. rows: what is known by now, as later cells recover what earlier ones chose.
 
 
 def cell(kind: str, **settings) -> dict:
-    return dict(kind=kind, **{k: " ".join(map(str, v)) if k == "kept" and not isinstance(v, str) else v for k, v in settings.items()})
+    if "kept" in settings and not isinstance(settings["kept"], str):
+        settings["kept"] = " ".join(map(str, settings["kept"]))
+    return dict(kind=kind, **settings)
 
 
 def name(row: dict) -> str:
-    """The identity of a cell, and of the row of docs/results that it becomes."""
-    kinds = dict(losses="model keep", layers="model", choice="model scheme criterion delta_w seed",
-                 recovery="model source kept mode steps sigma lr seed")
-    return " ".join([row["kind"], *[str(row[k]).replace(" ", ",") for k in kinds[row["kind"]].split() if row.get(k) is not None]])
+    """What identifies a cell, and the row that it becomes."""
+    return " ".join([row["kind"], *[str(row[k]).replace(" ", ",") for k in FILES[row["kind"]][0].split() if row.get(k) is not None]])
+
+
+def recovery(model, kept, steps, seed=0, mode="masked-kd", **more) -> dict:
+    return cell("recovery", model=model, kept=kept, mode=mode, steps=steps, **more, seed=seed)
 
 
 def plan(rows: list):
-    """rows: what is known by now, since later cells recover what earlier ones chose."""
-    chosen = lambda **wanted: [r["kept"] for r in rows if r["kind"] == "choice" and all(r[k] == v for k, v in wanted.items())]
-    loss = {(r["model"], r["keep"]): r["losses"] for r in rows if r["kind"] == "losses"}
-    yield from (cell("losses", model=m, keep=6) for m in FREE)
-    yield from (cell("losses", model="dit-tiny", keep=k) for k in (4, 3))
-    yield from (cell("layers", model=m) for m in FREE)
-    for model, free in FREE.items():  # tables 1, 2, and the rivals
-        for criterion in ("bi", "flux-lite", "sensitivity", "probe", "oracle", "lowest-loss", "greedy"):
-            yield from (cell("choice", model=model, criterion=criterion, scheme=s, seed=0) for s in ("1:2", free))
-        for criterion, seeds in ("learned", 3), ("distilled", 2), ("adapted", 2), ("halving", 2):
-            yield from (cell("choice", model=model, criterion=criterion, scheme=s, seed=k) for s in ("1:2", free) for k in range(seeds))
-        yield from (cell("choice", model=model, criterion="random", scheme="1:2", seed=k) for k in range(3))
-    yield from (cell("choice", model="dit-tiny", criterion="learned", scheme=s, seed=k) for s in ("1:2", "3:6") for k in range(5))
-    for kept in itertools.product(*[(2 * g, 2 * g + 1) for g in range(6)]):  # the whole space of 1:2: figure 5, complete
-        yield from (cell("recovery", model="dit-tiny", kept=kept, mode="masked-kd", steps=s, seed=0) for s in (25, 100))
+    loss = {(r["model"], r["scheme"]): r["losses"] for r in rows if r["kind"] == "losses"}
+    picked = lambda **wanted: {r["kept"] for r in rows if r["kind"] == "choice" and all(r[k] == v for k, v in wanted.items())}
+    yield from (cell("losses", model=model, scheme=scheme) for model, scheme in FREE.items())
+    yield from (cell("losses", model="dit-tiny", scheme=scheme) for scheme in ("4:12", "3:12"))
+    for model, free in FREE.items():  # tables 1 and 2, and the rivals
+        for scheme in ("1:2", free):
+            names = ["bi", "flux-lite", "sensitivity", "probe", "oracle", "lowest-loss", "learned", "distilled", "greedy", "adapted", "halving"]
+            yield from (cell("choice", model=model, criterion=c, scheme=scheme, seed=0) for c in names)
+        yield from (cell("choice", model=model, criterion="random", scheme="1:2", seed=seed) for seed in range(3))
+    seeds = {"learned 1:2": 5, "learned 3:6": 2, "learned 6:12": 2, "distilled 1:2": 3, "distilled 6:12": 2, "adapted 1:2": 2,
+             "adapted 6:12": 2, "halving 1:2": 2, "halving 6:12": 2}
+    for which, count in seeds.items():
+        criterion, scheme = which.split()
+        yield from (cell("choice", model="dit-tiny", criterion=criterion, scheme=scheme, seed=seed) for seed in range(count))
+    for criterion, scheme, count in (("learned", "1:3", 2), ("learned", "4:12", 1), ("learned", "1:4", 2), ("learned", "3:12", 1),
+                                     ("random", "1:3", 3), ("random", "1:4", 3)):  # where depth is scarce
+        yield from (cell("choice", model="dit-tiny", criterion=criterion, scheme=scheme, seed=seed) for seed in range(count))
+
+    grid = [" ".join(map(str, c)) for c in itertools.product(*[(2 * g, 2 * g + 1) for g in range(6)])]
+    yield from (recovery("dit-tiny", kept, 100) for kept in grid)  # the whole space of 1:2: figure 5 and table 3, complete
+    done = {r["kept"]: r["fd"] for r in rows if r["kind"] == "recovery" and r["steps"] == 100 and r["model"] == "dit-tiny"
+            and r["mode"] == "masked-kd" and r["seed"] == 0 and r["kept"] in grid}
+    learned, lowest = "0 2 4 7 8 11", "1 2 4 7 9 11"  # of 1:2
+    if len(done) == len(grid):  # a panel, spread over the ranks, for other lengths and another seed
+        order = sorted(grid, key=done.get)
+        panel = dict.fromkeys([*[order[round(i * 63 / 8)] for i in range(9)], lowest, learned])
+        for steps, seed in (25, 0), (100, 1), (400, 0):
+            yield from (recovery("dit-tiny", kept, steps, seed) for kept in panel)
+    if ("dit-tiny", "6:12") in loss:  # free of 1:2
+        order = sorted(loss["dit-tiny", "6:12"], key=loss["dit-tiny", "6:12"].get)
+        yield from (recovery("dit-tiny", order[i], 100) for i in [round(j * 923 / 14) for j in range(15)])
+        yield from (recovery("dit-tiny", order[i], steps) for i in (0, 462) for steps in (25, 400, 800))
+        yield from (recovery("dit-tiny", order[0], 100, mode=mode) for mode in ("finetune", "logits-kd"))
+    for mode in ("masked-kd", "finetune", "logits-kd", "rep-kd"):  # table 5 and figure 14
+        yield from (recovery("dit-tiny", learned, 100, seed, mode) for seed in range(3))
+        yield recovery("dit-tiny", learned, 800, 0, mode, at=[200, 400])
+    for model in FREE:
+        kept = set().union(*[picked(model=model, scheme=scheme) for scheme in ("1:2", "3:6", "6:12")])
+        yield from (recovery(model, k, 100, seed) for seed in range({"dit-tiny": 3}.get(model, 1)) for k in sorted(kept))
+    for scheme, free in (("1:3", "4:12"), ("1:4", "3:12")):
+        kept = picked(model="dit-tiny", scheme=scheme) | picked(model="dit-tiny", scheme=free)
+        of_grid = [k for k in loss.get(("dit-tiny", free), {}) if len({int(i) // int(scheme[2]) for i in k.split()}) == len(k.split())]
+        for of in (list(loss.get(("dit-tiny", free), {})), of_grid):
+            kept |= {min(of, key=loss["dit-tiny", free].get)} if of else set()
+        yield from (recovery("dit-tiny", k, steps) for steps in (100, 800) for k in sorted(kept))
+
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The cells.
+# The cells: each calls the stages with the command lines that a reader would type.
 
 
-def call(stage, *arguments) -> str:
-    """stage.main() with a command line, in this process: loading torch takes longer than most cells' sampling."""
+def call(stage, *arguments):
+    """stage.main() in this process, silently: loading torch anew would take longer than many a cell."""
     sys.argv = [f"{stage.__name__}.py", *map(str, arguments)]
-    printed = io.StringIO()
-    with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         stage.main()
-    return printed.getvalue()
 
 
-def log_of(folder: Path) -> list:
-    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-
-
-def choice(work, *, model, criterion, scheme, seed, delta_w=None):
-    """One criterion's choice -> the kept layers, how sure it is, the seconds it took."""
-    extra = ["--delta-w", delta_w] if delta_w else []
-    started = time.time()
-    call(prune, "--model", model, "--criterion", criterion, "--scheme", scheme, "--seed", seed, "--latents", LATENTS, "--out", work,
-         "--resume", "never", *extra)
-    seconds = round(time.time() - started, 1)
-    config = read_state(work / "shallow.pt")[1]
-    return dict(kept=" ".join(map(str, config["kept"])), seconds=seconds)
-
-
-def recovery(work, *, model, kept, mode, steps, seed, source=None, lr=None, sigma=None, at=()):
-    """Cut, recover, draw 500 samples, measure -> Fréchet distance, share of right digits, seconds of training."""
-    cut, student = work / "cut", work / "student"
-    scheme = f"{len(kept.split())}:12" if model != "mar-tiny" else "3:6"
-    call(prune, "--model", model, "--criterion", "indices", "--layers", kept.replace(" ", ","), "--scheme", scheme, "--latents", LATENTS,
-         "--out", cut, "--resume", "never")
-    extra = [v for flag, value in (("--lr", lr), ("--mask-sigma", sigma)) if value is not None for v in (flag, value)]
-    started = time.time()
-    call(distill, "--student", cut / "shallow.pt", "--mode", mode, "--steps", steps, "--seed", seed, "--latents", LATENTS, "--out", student,
-         "--resume", "never", "--save-every", 100 if at else steps, "--keep", 100, *extra)
-    result = dict(seconds=round(time.time() - started, 1))
-    result |= measure(model, student / "student.pt", work / "samples")
-    if at:
-        result["at"] = {k: measure(model, student / f"step-{k:07d}.pt", work / "samples")["fd"] for k in at}
-    return result
+def compute(row: dict) -> dict:
+    """The finished row of a cell."""
+    import distill
+    import ideas  # adds its criteria to prune.py's
+    import model
+    prune, work = ideas.prune, OUT / f"work-{name(row).replace(' ', '-').replace(':', '_')}"
+    train = ["--latents", ROOT / "out" / "latents", "--resume", "never", "--dtype", "float32", "--device", "cpu"]
+    cut, started = ["--model", row["model"], "--out", work / "cut", *train], time.time()
+    try:
+        if row["kind"] == "recovery":
+            scheme = f"{len(row['kept'].split())}:12" if FREE[row["model"]] == "6:12" else FREE[row["model"]]
+            call(prune, "--criterion", "indices", "--layers", row["kept"].replace(" ", ","), "--scheme", scheme, *cut)
+            flags, started = ["--mode", row["mode"], "--steps", row["steps"], "--seed", row["seed"]], time.time()
+            flags += [v for k in ("lr", "mask-sigma") if k in row for v in (f"--{k}", row[k])]
+            flags += ["--save-every", row["at"][0], "--keep", 99] if "at" in row else []
+            call(distill, "--student", work / "cut" / "shallow.pt", "--out", work / "student", *flags, *train)
+            seconds = round(time.time() - started, 1)
+            found = measure(row["model"], work / "student" / "student.pt", work / "samples") | dict(seconds=seconds)
+            if "at" in row:
+                found["at"] = {k: measure(row["model"], work / "student" / f"step-{k:08}.pt", work / "samples")["fd"] for k in row["at"]}
+            return row | found
+        criterion = row.get("criterion", "lowest-loss")
+        flags = ["--delta-w", row["delta_w"]] if "delta_w" in row else []
+        call(prune, "--criterion", criterion, "--scheme", row["scheme"], "--seed", row.get("seed", 0), *flags, *cut)
+        log = [json.loads(line) for line in (work / "cut" / "log.jsonl").read_text().splitlines()]
+        if row["kind"] == "losses":
+            table = next(line for line in log if "losses" in line)
+            return row | dict(losses={" ".join(map(str, k)): round(v, 4) for k, v in zip(table["cuts"], table["losses"])})
+        config = model.read_state(work / "cut" / "shallow.pt")[1]
+        found = dict(kept=" ".join(map(str, config["kept"])), loss=round(config["calibration_loss"], 4), seconds=round(time.time() - started, 1))
+        sure = [line["confidence"] for line in log if "confidence" in line]
+        scores = [line["scores"] for line in log if "scores" in line]
+        return row | found | ({"confidence": [round(v, 2) for v in sure[-1]]} if sure else {}) | (
+            {"scores": [round(v, 5) for v in scores[-1]]} if scores else {})
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
 
 
 def measure(model, ckpt, out) -> dict:
-    call(sample, "--ckpt", ckpt, "--num-images", 500, "--batch-size", 32, "--out", out, *SAMPLING[model].split())
-    found = fid.evaluate(str(out / "samples.npz"), str(ROOT / "data" / "mnist_train10k.npz"), pr=False)
+    import fid
+    import sample
+    call(sample, "--ckpt", ckpt, "--num-images", 500, "--batch-size", 32, "--device", "cpu", "--out", out, *SAMPLING[model].split())
+    with contextlib.redirect_stderr(io.StringIO()):
+        found = fid.evaluate(str(out / "samples.npz"), "digits", pr=False)
     return dict(fd=round(found["fid"], 4), right=round(found["accuracy"], 4))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Keeping what is known: docs/results/KIND.json, and OUT for cells that just ended.
+
+
+def known() -> list:
+    """All finished rows."""
+    rows = [dict(kind=kind) | row for kind in FILES if (RESULTS / f"{kind}.json").exists()
+            for row in json.loads((RESULTS / f"{kind}.json").read_text())["rows"]]
+    rows += [json.loads(file.read_text()) for file in sorted(OUT.glob("*.json"))]
+    return list({name(row): row for row in rows}.values())
+
+
+def write(rows: list):
+    """docs/results: a file per kind, a row per line."""
+    for kind, (_, about) in FILES.items():
+        own = [{k: v for k, v in row.items() if k != "kind"} for row in sorted(rows, key=name) if row["kind"] == kind]
+        head = json.dumps(dict(command="python reproduce/experiments.py", settings=about), ensure_ascii=False)
+        lines = ",\n".join(json.dumps(row) for row in own)
+        RESULTS.mkdir(parents=True, exist_ok=True)
+        (RESULTS / f"{kind}.json").write_text(f'{{"about": {head},\n"rows": [\n{lines}\n]}}\n')
+
+
+def seconds_of(row: dict) -> float:
+    """A guess, for one core without AMX: layers that the steps and the samples go through."""
+    if row["kind"] != "recovery":
+        return {"losses": 60, "choice": 50}[row["kind"]] * (2.5 if row["model"] == "mar-tiny" else 1)
+    passes = {"finetune": 3 * 6}.get(row["mode"], 12 + 3 * 6)
+    return row["steps"] * passes * (0.023 if row["model"] == "mar-tiny" else 0.006) + 12 * (1 + len(row.get("at", ())))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--list", action="store_true", help="print what is left, with an estimate, and stop")
+    parser.add_argument("--only", default="", metavar="TEXT", help="only cells whose name contains it")
+    parser.add_argument("--share", default="0/1", metavar="I/N", help="every Nth cell from the Ith, for N processes")
+    parser.add_argument("--again", type=int, default=0, metavar="N", help="compute N finished cells of each kind anew, and compare")
+    args = parser.parse_args()
+    rows, first, step = known(), *map(int, args.share.split("/"))
+    if args.again:
+        for kind in FILES:
+            for row in [r for r in rows if r["kind"] == kind and args.only in name(r)][: args.again]:
+                asked = {k: v for k, v in row.items() if k in ("kind", *FILES[kind][0].split())}
+                if kind == "choice":
+                    asked.pop("kept", None)
+                new, result = compute(asked), {"losses": "losses", "choice": "kept", "recovery": "fd"}[kind]
+                print(f"{'same' if new[result] == row[result] else 'DIFFERS'}: {name(row)}: {str(new[result])[:60]} | {str(row[result])[:60]}", flush=True)
+        return
+    OUT.mkdir(parents=True, exist_ok=True)
+    while True:
+        rows = known()
+        have = {name(row) for row in rows}
+        left = list({name(c): c for c in plan(rows) if name(c) not in have and args.only in name(c)}.values())
+        print(f"{len(left)} cells left: about {sum(map(seconds_of, left)) / 3600:.1f} hours of one core", flush=True)
+        if args.list or not left[first::step]:
+            break
+        for row in left[first::step]:
+            if args.list:
+                break
+            began = time.time()
+            done = compute(row)
+            (OUT / f"{name(row).replace(' ', '_').replace(':', '-')}.json").write_text(json.dumps(done))
+            print(f"{name(row)}: {time.time() - began:.0f} s", flush=True)
+    if args.list:
+        print("\n".join(map(name, left)))
+    else:
+        write(known())
+
+
+if __name__ == "__main__":
+    main()

@@ -5,7 +5,7 @@
 distilled    the paper's search, on the distillation loss of the uncut network instead of the diffusion loss
 greedy       removes one layer after another, each time the one whose removal leaves the least loss
 adapted      trains LoRA under masks drawn uniformly for 200 steps, then takes the cut of the least loss with it
-halving      the eight cuts of the least loss, fine-tuned for 10 steps; the better half for 10 more; the better of the last two
+halving      the eight cuts of the least loss, fine-tuned for 10 steps; the better half for 10 more; and once more
 
 The fifth idea needs no code: --criterion learned --scheme 6:12, the paper's search free of the 1:2 grid.
 """
@@ -18,32 +18,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import prune
-from model import mix
-
-
-DRAWS = 8  # batches of 64 that measure a loss, of a seed of their own
-
-
-def measuring(batches, objective) -> list:
-    """Fixed draws, the same for all cuts."""
-    own = copy.copy(batches)
-    own.seed, own.epoch = 1000, None
-    return [objective.draw(*part) for step in range(DRAWS) for part in own(step)]
-
-
-@torch.inference_mode()
-def loss_of(net, objective, drawn, kept) -> float:
-    """The mean loss over `drawn` of the network with only the layers `kept`."""
-    shallow = copy.deepcopy(net).eval()
-    shallow.keep_layers(kept)
-    return sum(objective.loss(objective.predict(shallow, batch), batch).mean().item() for batch in drawn) / len(drawn)
-
-
-def all_cuts(scheme) -> list:
-    """Every set of layers that the scheme allows, as sorted tuples."""
-    starts = [0, *itertools.accumulate(m for _, m in scheme)]
-    parts = [itertools.combinations(range(first, first + m), n) for first, (n, m) in zip(starts, scheme)]
-    return [sum(cut, ()) for cut in itertools.product(*parts)]
+from model import mix, run_main
+from prune import calibration, calibration_loss, groups_of, keeping
 
 
 class Distilled:
@@ -65,23 +41,36 @@ def distilled(net, objective, batches, scheme, run) -> list:
 
 def greedy(net, objective, batches, scheme, run) -> list:
     """57 losses for 12 -> 6, where all cuts are 924; no group falls below its N."""
-    drawn, group = measuring(batches, objective), [g for g, (_, m) in enumerate(scheme) for _ in range(m)]
+    draws, group = calibration(objective, batches), [g for g, (_, m) in enumerate(scheme) for _ in range(m)]
     kept = list(range(len(group)))
     while len(kept) > sum(n for n, _ in scheme):
-        spare = [i for i in kept if sum(group[k] == group[i] for k in kept) > scheme[group[i]][0]]
-        losses = {i: loss_of(net, objective, drawn, [k for k in kept if k != i]) for i in spare}
+        spare, losses = [i for i in kept if sum(group[k] == group[i] for k in kept) > scheme[group[i]][0]], {}
+        for i in spare:
+            with keeping(net, [k for k in kept if k != i]):
+                losses[i] = calibration_loss(net, objective, draws, run)
         kept.remove(min(losses, key=losses.get))
     return kept
 
 
+def losses_of(net, objective, draws, scheme, run) -> dict:
+    """{kept layers: loss} of every cut that the scheme allows, the lowest first."""
+    choices, losses = [itertools.combinations(range(first, first + m), n) for first, n, m in groups_of(scheme)], {}
+    for parts in itertools.product(*choices):
+        kept = tuple(itertools.chain(*parts))
+        with keeping(net, kept):
+            losses[kept] = calibration_loss(net, objective, draws, run)
+    return dict(sorted(losses.items(), key=lambda item: item[1]))
+
+
 def train(net, objective, batches, steps, optimizer, before=lambda noise: None):
-    """A few plain steps of the objective's loss."""
+    """A few plain steps on the objective's loss."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for step in steps:
         for x, y, noise in batches(step):
             batch = objective.draw(x, y, noise)
             before(noise)
             objective.loss(objective.predict(net, batch), batch).mean().backward()
-        torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], 1.0)
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad()
 
@@ -91,28 +80,24 @@ def adapted(net, objective, batches, scheme, run, steps=200) -> list:
     torch.manual_seed(mix(run.args.seed, 2))
     delta, blocks = prune.add_delta_w(net, "lora", 8), net.layers()
     masks = prune.LayerMasks(scheme, run.device).requires_grad_(False)
-    layers = [prune.MaskedLayer(block) for block in blocks]
+    layers, optimizer = [prune.MaskedLayer(block) for block in blocks], prune.adamw(dict(params=delta, lr=1e-3))
     net.replace_layers(layers)
-    train(net, objective, batches, range(steps), prune.adamw([dict(params=delta, lr=1e-3)]), lambda noise: masks.draw(layers, noise, tau=1.0))
+    train(net, objective, batches, range(steps), optimizer, lambda noise: masks.draw(layers, noise, tau=1.0))
     net.replace_layers(blocks)
-    drawn = measuring(batches, objective)[: DRAWS // 2]
-    losses = {kept: loss_of(net, objective, drawn, kept) for kept in all_cuts(scheme)}
-    return list(min(losses, key=losses.get))
+    return list(next(iter(losses_of(net, objective, calibration(objective, batches), scheme, run))))
 
 
 def halving(net, objective, batches, scheme, run, start=8, each=10) -> list:
-    """Successive halving: what costs most, fine-tuning, is spent on the cuts that still may win."""
-    drawn = measuring(batches, objective)
-    losses = {kept: loss_of(net, objective, drawn, kept) for kept in all_cuts(scheme)}
-    racers = {}
-    for kept in sorted(losses, key=losses.get)[:start]:
+    """Successive halving: what costs most, fine-tuning, is spent on the cuts that may still win."""
+    draws, racers = calibration(objective, batches), {}
+    for kept in list(losses_of(net, objective, draws, scheme, run))[:start]:
         racer = copy.deepcopy(net)
         racer.keep_layers(kept)
-        racers[kept] = racer.train().requires_grad_(True), prune.adamw([dict(params=list(racer.parameters()), lr=1e-3)])
+        racers[kept] = racer.train().requires_grad_(True), prune.adamw(dict(params=list(racer.parameters()), lr=1e-3))
     for turn in range(start.bit_length() - 1):
         for racer, optimizer in racers.values():
-            train(racer, objective, batches, range(each * turn, each * turn + each), optimizer)
-        losses = {kept: loss_of(racer, objective, drawn[: DRAWS // 2], range(len(kept))) for kept, (racer, _) in racers.items()}
+            train(racer, objective, batches, range(each * turn, each * (turn + 1)), optimizer)
+        losses = {kept: calibration_loss(racer, objective, draws, run) for kept, (racer, _) in racers.items()}
         racers = {kept: racers[kept] for kept in sorted(racers, key=losses.get)[: len(racers) // 2]}
     return list(next(iter(racers)))
 
@@ -120,4 +105,4 @@ def halving(net, objective, batches, scheme, run, start=8, each=10) -> list:
 prune.CRITERIA |= dict(distilled=distilled, greedy=greedy, adapted=adapted, halving=halving)
 
 if __name__ == "__main__":
-    prune.main()
+    run_main(prune.main)

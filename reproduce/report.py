@@ -1,13 +1,13 @@
-"""The experiments' tables (markdown) and pictures, from docs/results/*.json alone.
+"""The experiments' tables (markdown) and pictures, from docs/results/*.json alone, which experiments.py writes.
 
-    python reproduce/report.py                  # every table
-    python reproduce/report.py space criteria   # these
-    python reproduce/report.py --pictures       # docs/space.png, docs/length.png
+    python reproduce/report.py --tables               # every table
+    python reproduce/report.py space modes            # these
+    python reproduce/report.py --pictures             # docs/space.png, docs/length.png
 
-FD is the Fréchet distance of 500 samples (features of the digit classifier). "a ± b (n)" is the mean and the standard deviation over n
-seeds of the recovery; without ±, one seed. A cut's loss is the diffusion loss right after the cut, before any recovery.
+FD is the Fréchet distance of 500 samples. "a ± b (n)" is the mean and the standard deviation over n seeds of the recovery; without ±,
+there is one. A cut's loss is the diffusion loss right after the cut, before any recovery; the whole network's is 0.09 (dit-tiny).
 """
-import itertools
+import functools
 import json
 import math
 import statistics
@@ -18,18 +18,18 @@ from PIL import Image, ImageDraw, ImageFont
 from scipy.stats import spearmanr
 
 ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "docs" / "results"
-MODELS = ("dit-tiny", "sit-tiny", "mar-tiny")
+FREE = {"dit-tiny": "6:12", "sit-tiny": "6:12", "mar-tiny": "3:6"}
 
 
-def load(name: str):
-    return json.loads((RESULTS / f"{name}.json").read_text())
+@functools.cache
+def rows(kind: str) -> list:
+    return json.loads((ROOT / "docs" / "results" / f"{kind}.json").read_text())["rows"]
 
 
-def recovered(model, kept, steps, mode="masked-kd", **settings) -> list:
+def recovered(model, kept, steps, mode="masked-kd", seeds=range(9)) -> list:
     """The Fréchet distances of a cut recovered so, one per seed."""
-    plain = dict(model=model, kept=kept, steps=steps, mode=mode, lr=None, sigma=None, source=None) | settings
-    return [row["fd"] for row in load("recovered")["rows"] if all(row.get(k) == v for k, v in plain.items())]
+    wanted = dict(model=model, kept=kept, steps=steps, mode=mode, lr=None, sigma=None)
+    return [row["fd"] for row in rows("recovery") if row["seed"] in seeds and all(row.get(k) == v for k, v in wanted.items())]
 
 
 def spread(values: list) -> str:
@@ -38,109 +38,159 @@ def spread(values: list) -> str:
     return f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f} ({len(values)})"
 
 
-def losses(model: str, keep: int, grid=False) -> dict:
-    """{kept: loss right after the cut}; grid: only the cuts that keep the same number of each group (1:2, 1:3, 1:4)."""
-    found = load("losses")["losses"].get(f"{model} {keep}", {})
-    depth = 12
-    m = depth // keep
-    whole = {" ".join(map(str, c)) for c in itertools.product(*[range(m * g, m * g + m) for g in range(keep)])}
-    return {k: v for k, v in found.items() if not grid or k in whole}
+def losses(model: str, scheme: str, groups_of=None) -> dict:
+    """{kept: loss right after the cut}; groups_of 2: only the cuts that keep one of each two neighbours."""
+    found = next((row["losses"] for row in rows("losses") if (row["model"], row["scheme"]) == (model, scheme)), {})
+    whole = lambda kept: len({int(i) // groups_of for i in kept.split()}) == len(kept.split())
+    return {kept: loss for kept, loss in found.items() if not groups_of or whole(kept)}
 
 
 def rank_of(kept, scores: dict) -> int:
-    """1 for the lowest score."""
+    """1 for the lowest."""
     return 1 + sum(v < scores[kept] for v in scores.values())
 
 
-def choices(model, criterion=None, scheme=None) -> list:
-    return [row for row in load("choices")["rows"] if row["model"] == model and criterion in (None, row["criterion"])
-            and scheme in (None, row["scheme"])]
+def choices(model, depth=6, **wanted) -> list:
+    found = [row for row in rows("choice") if row["model"] == model and all(row.get(k) == v for k, v in wanted.items())]
+    return [row for row in found if len(row["kept"].split()) == depth and "delta_w" not in row]
 
 
-def table(header: str, rows: list) -> str:
+def table(header: str, lines: list) -> str:
     names = header.split(" | ")
-    return "\n".join(["| " + " | ".join(line) + " |" for line in [names, ["---"] * len(names), *[map(str, row) for row in rows]]])
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in [names, ["---"] * len(names), *lines])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Tables.
 
 
+def whole_space(steps, seed=0) -> dict:
+    """{kept: FD} of the cuts of 1:2 that were recovered so."""
+    return {kept: fd[0] for kept in losses("dit-tiny", "6:12", 2) if (fd := recovered("dit-tiny", kept, steps, seeds=[seed]))}
+
+
 def space() -> str:
-    """All 64 cuts of 1:2, dit-tiny: what a longer recovery makes of them."""
-    loss, out = losses("dit-tiny", 6, grid=True), []
+    """The cuts of 1:2, dit-tiny, by length of the recovery; and the rank of what the search chose."""
+    loss, lines = losses("dit-tiny", "6:12", 2), []
     lowest = min(loss, key=loss.get)
-    by_steps = {steps: {k: v[0] for k in loss if (v := recovered("dit-tiny", k, steps))} for steps in (25, 100, 400)}
-    for steps, fd in by_steps.items():
-        if len(fd) < 3:
+    lengths = {"25": whole_space(25), "100": whole_space(100), "100, another seed": whole_space(100, 1), "400": whole_space(400)}
+    for steps, fd in lengths.items():
+        if len(fd) < 3 or lowest not in fd:
             continue
-        ordered = sorted(fd.values())
-        correlation = spearmanr([loss[k] for k in fd], list(fd.values()))
-        out.append([steps, len(fd), f"{ordered[0]:.2f}", f"{statistics.median(ordered):.2f}", f"{ordered[-1]:.2f}",
-                    f"{correlation.statistic:.2f} (p = {correlation.pvalue:.1g})",
-                    f"{fd[lowest]:.2f} (rank {rank_of(lowest, fd)})" if lowest in fd else "-"])
-    text = table("recovery steps | cuts | best | median | worst | rank correlation with the loss | the lowest loss", out)
-    rows = []
-    for row in choices("dit-tiny", "learned", "1:2"):
-        ranks = [f"{rank_of(row['kept'], fd)} ({fd[row['kept']]:.2f})" if row["kept"] in fd else "-" for fd in by_steps.values()]
-        rows.append([row["seed"], row["kept"], rank_of(row["kept"], loss), *ranks])
-    return text + "\n\n" + table("search seed | keeps | rank of its loss | rank (FD), 25 steps | 100 steps | 400 steps", rows)
+        ordered, correlation = sorted(fd.values()), spearmanr([loss[kept] for kept in fd], list(fd.values()))
+        at_100 = spearmanr([lengths["100"][kept] for kept in fd], list(fd.values()))
+        lines.append([steps, len(fd), f"{ordered[0]:.2f}", f"{statistics.median(ordered):.2f}", f"{ordered[-1]:.2f}",
+                      f"{correlation.statistic:.2f} (p = {correlation.pvalue:.1g})", f"{at_100.statistic:.2f}",
+                      f"{fd[lowest]:.2f} (rank {rank_of(lowest, fd)})"])
+    text = table("recovery steps | cuts | best FD | median | worst | rank correlation with the loss | with FD after 100 steps | "
+                 "the lowest loss", lines)
+    lines = []
+    for row in choices("dit-tiny", criterion="learned", scheme="1:2"):
+        fd = lengths["100"]
+        lines.append([row["seed"], row["kept"], rank_of(row["kept"], loss), f"{fd[row['kept']]:.2f}", rank_of(row["kept"], fd), f"{len(fd) / 2 + 0.5}"])
+    return text + "\n\n" + table("search seed | keeps | rank of its loss | FD, 100 steps | its rank of 64 | expected of a random cut", lines)
+
+
+def decisive() -> str:
+    """What one choice of a group is worth, over the whole space, beside how sure the search is of it."""
+    fd, lines = whole_space(100), []
+    found = choices("dit-tiny", criterion="learned", scheme="1:2")
+    for g in range(6):
+        mean = {i: statistics.mean(v for kept, v in fd.items() if str(i) in kept.split()) for i in (2 * g, 2 * g + 1)}
+        sure = [row["confidence"][2 * g] for row in found]
+        lines.append([f"{2 * g} or {2 * g + 1}", f"{mean[2 * g]:.2f}", f"{mean[2 * g + 1]:.2f}",
+                      f"{100 * statistics.mean(sure):.0f} % ({100 * min(sure):.0f} to {100 * max(sure):.0f})"])
+    return table("group | mean FD with the first, 32 cuts | with the second | probability of the first, 5 search seeds", lines)
 
 
 def free() -> str:
     """Free of 1:2: cuts out of all 924, dit-tiny."""
-    loss, rows = losses("dit-tiny", 6), []
-    ordered, grid = sorted(loss, key=loss.get), losses("dit-tiny", 6, grid=True)
-    named = {"lowest of all": ordered[0], "second": ordered[1], "median of all": ordered[462], "highest of all": ordered[-1],
-             "lowest of 1:2": min(grid, key=grid.get), "highest of 1:2": max(grid, key=grid.get)}
+    loss, grid = losses("dit-tiny", "6:12"), losses("dit-tiny", "6:12", 2)
+    ordered, named = sorted(loss, key=loss.get), {}
+    note = lambda kept, what: named.setdefault(kept, []).append(what)
+    for kept, what in ((ordered[0], "lowest loss of all"), (ordered[462], "median"), (ordered[-1], "highest"),
+                       (min(grid, key=grid.get), "lowest loss of 1:2"), (max(grid, key=grid.get), "highest of 1:2")):
+        note(kept, what)
     for scheme in ("1:2", "3:6", "6:12"):
-        named |= {f"learned {scheme}, seed {row['seed']}": row["kept"] for row in choices("dit-tiny", "learned", scheme)}
-    for name, kept in named.items():
-        rows.append([name, kept, f"{loss[kept]:.3f}", rank_of(kept, loss), *[spread(recovered("dit-tiny", kept, s)) for s in (100, 400, 800)]])
-    return table("cut | keeps | loss | its rank of 924 | FD, 100 steps | 400 | 800", rows)
+        for row in choices("dit-tiny", criterion="learned", scheme=scheme):
+            note(row["kept"], f"learned {scheme}, seed {row['seed']}")
+    lines = [["; ".join(what), kept, f"{loss[kept]:.3f}", rank_of(kept, loss), *[spread(recovered("dit-tiny", kept, s)) for s in (25, 100, 400, 800)]]
+             for kept, what in sorted(named.items(), key=lambda item: loss[item[0]])]
+    fd = {kept: v[0] for kept in loss if kept not in grid and (v := recovered("dit-tiny", kept, 100, seeds=[0]))}
+    correlation = spearmanr([loss[kept] for kept in fd], list(fd.values()))
+    return table("cut | keeps | loss | rank of 924 | FD, 25 steps | 100 | 400 | 800", lines) + (
+        f"\n\nRank correlation of loss and FD after 100 steps, {len(fd)} cuts outside 1:2: {correlation.statistic:.2f} (p = {correlation.pvalue:.1g})")
 
 
-def chosen(model: str, keep=6) -> list:
-    """(criterion, scheme, seed, kept) of every choice made for this model, the rivals that need no training among them."""
-    found = [(r["criterion"], r["scheme"], r["seed"], r["kept"]) for r in choices(model) if len(r["kept"].split()) == keep]
-    return sorted(found, key=lambda r: (r[1] != "1:2", r[0], r[2]))
+def criteria(model: str) -> str:
+    """Every criterion at 12 -> 6, equal budgets."""
+    lines, found = [], {}
+    for row in choices(model):
+        found.setdefault((row["scheme"] != "1:2", row["scheme"], row["criterion"], row["kept"]), []).append(row)
+    for (_, scheme, criterion, kept), same in sorted(found.items()):
+        seeds = ", ".join(str(row["seed"]) for row in same)
+        loss = f"{same[0]['loss']:.3f}" if "loss" in same[0] else "-"
+        cost = f"{statistics.mean(row['seconds'] for row in same):.0f}"
+        lines.append([criterion, scheme, seeds, kept, loss, cost, *[spread(recovered(model, kept, s)) for s in ((100, 800) if model == "dit-tiny" else (100,))]])
+    last = " | FD, 100 steps | 800" if model == "dit-tiny" else " | FD, 100 steps"
+    return table("criterion | scheme | its seeds | keeps | loss | seconds" + last, lines)
 
 
-def criteria(model: str, short=100, long=800) -> str:
-    loss, grid = losses(model, 6), losses(model, 6, grid=True)
-    rows = []
-    for criterion, scheme, seed, kept in chosen(model):
-        rows.append([f"{criterion}{'' if seed is None else f', seed {seed}'}", scheme, kept, f"{loss[kept]:.3f}" if kept in loss else "-",
-                     spread(recovered(model, kept, short)), spread(recovered(model, kept, long))])
-    return table(f"{model}: criterion | scheme | keeps | loss | FD, {short} steps | {long} steps", rows)
+def ideas() -> str:
+    """The paper's search and its rivals, averaged over what each chose: ratio of FD to that of the paper's search."""
+    lines = []
+    for criterion in ("learned", "distilled", "greedy", "adapted", "halving", "lowest-loss", "random"):
+        for free in (False, True):
+            line = [criterion, "free" if free else "1:2"]
+            for model in FREE:
+                kept = [row["kept"] for row in choices(model, criterion=criterion, scheme=FREE[model] if free else "1:2")]
+                fd = [v[0] for k in kept if (v := recovered(model, k, 100, seeds=[0]))]
+                line.append(f"{statistics.mean(fd):.2f}" if fd and len(fd) == len(kept) else "-")
+            lines.append(line)
+    return table("criterion | scheme | FD after 100 steps, " + " | ".join(FREE), [line for line in lines if set(line[2:]) != {"-"}])
 
 
 def modes() -> str:
-    kept, rows = "0 2 4 7 8 11", []
+    """Table 5 and figure 14 at home: one cut, recovered in every way."""
+    kept, lines = "0 2 4 7 8 11", []
     for mode in ("finetune", "logits-kd", "rep-kd", "masked-kd"):
-        along = [row for row in load("recovered")["rows"] if row["kept"] == kept and row["mode"] == mode and row["steps"] == 800 and "at" in row]
-        rows.append([mode, spread(recovered("dit-tiny", kept, 100, mode)), *[f"{along[0]['at'][s]:.2f}" if along else "-" for s in ("100", "200", "400", "600")],
-                     spread(recovered("dit-tiny", kept, 800, mode))])
-    return table("mode | FD, a run of 100 steps | of 800 steps: at 100 | 200 | 400 | 600 | at the end", rows)
+        along = next((row["at"] for row in rows("recovery") if (row["kept"], row["mode"], row["steps"]) == (kept, mode, 800) and "at" in row), {})
+        lines.append([mode, spread(recovered("dit-tiny", kept, 100, mode)), *[f"{along[s]:.2f}" if s in along else "-" for s in ("200", "400")],
+                      spread(recovered("dit-tiny", kept, 800, mode))])
+    return table("mode | FD, a run of 100 steps | a run of 800: at 200 | at 400 | at its end", lines)
 
 
-TABLES = dict(space=space, free=free, modes=modes) | {f"criteria-{m}": (lambda m=m: criteria(m)) for m in MODELS}
+def scarce() -> str:
+    """Fewer layers: 12 -> 4 and 12 -> 3, dit-tiny."""
+    lines = []
+    for depth in (4, 3):
+        grid, free = f"1:{12 // depth}", f"{depth}:12"
+        loss, named = losses("dit-tiny", free), {}
+        of_grid = losses("dit-tiny", free, 12 // depth)
+        for kept, what in ((min(loss, key=loss.get), f"lowest loss of all {len(loss)}"), (min(of_grid, key=of_grid.get), f"lowest loss of {grid}")):
+            named.setdefault(kept, []).append(what)
+        for row in choices("dit-tiny", depth):
+            named.setdefault(row["kept"], []).append(f"{row['criterion']} {row['scheme']}, seed {row['seed']}")
+        lines += [[depth, "; ".join(what), kept, f"{loss[kept]:.3f}", *[spread(recovered("dit-tiny", kept, s)) for s in (100, 800)]]
+                  for kept, what in named.items()]
+    return table("layers | cut | keeps | loss | FD, 100 steps | 800", lines)
+
+
+TABLES = dict(space=space, decisive=decisive, free=free, modes=modes, ideas=ideas, scarce=scarce) | {
+    f"criteria-{model}": functools.partial(criteria, model) for model in FREE}
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Pictures.
 
 W, H, LEFT, RIGHT, TOP, BOTTOM = 1100, 700, 90, 30, 90, 80
 BLUE, RED, GREY, GREEN, ORANGE, PURPLE = "#1f77b4", "#d62728", "#999999", "#2ca02c", "#ff7f0e", "#9467bd"
-
-
-def font(size):
-    return ImageFont.load_default(size)
+font = functools.cache(ImageFont.load_default)
 
 
 class Chart:
-    """Axes, logarithmic where asked, on a white picture."""
+    """Two logarithmic axes on a white picture."""
 
-    def __init__(self, title, subtitle, x_name, y_name, x_range, y_range, x_ticks, y_ticks):
+    def __init__(self, title, subtitle, x_name, y_name, x_range, y_range, x_ticks):
         self.image = Image.new("RGB", (W, H), "white")
         self.draw = ImageDraw.Draw(self.image)
         (x0, x1), (y0, y1) = x_range, y_range
@@ -151,7 +201,7 @@ class Chart:
         for v in x_ticks:
             self.draw.line([(self.x(v), TOP), (self.x(v), H - BOTTOM)], fill="#e4e4e4")
             self.draw.text((self.x(v), H - BOTTOM + 8), f"{v:g}", fill="black", font=font(20), anchor="ma")
-        for v in y_ticks:
+        for v in [v for v in (0.3, 0.5, 1, 2, 3, 5, 10, 20, 50) if y0 < v < y1]:
             self.draw.line([(LEFT, self.y(v)), (W - RIGHT, self.y(v))], fill="#e4e4e4")
             self.draw.text((LEFT - 10, self.y(v)), f"{v:g}", fill="black", font=font(20), anchor="rm")
         self.draw.rectangle([LEFT, TOP, W - RIGHT, H - BOTTOM], outline="#888888")
@@ -160,65 +210,75 @@ class Chart:
         ImageDraw.Draw(label).text((label.width / 2, 4), y_name, fill="black", font=font(22), anchor="ma")
         self.image.paste(label.rotate(90, expand=True), (4, TOP))
 
-    def dot(self, x, y, colour, r=6, shape="circle", ring=None):
+    def dot(self, x, y, colour, r=6, shape="ellipse", ring=False):
         x, y = self.x(x), self.y(y)
-        box = [x - r, y - r, x + r, y + r]
-        (self.draw.ellipse if shape == "circle" else self.draw.rectangle)(box, fill=colour, outline="white")
+        getattr(self.draw, shape)([x - r, y - r, x + r, y + r], fill=colour, outline="white")
         if ring:
-            self.draw.ellipse([x - r - 5, y - r - 5, x + r + 5, y + r + 5], outline=ring, width=3)
+            self.draw.ellipse([x - r - 5, y - r - 5, x + r + 5, y + r + 5], outline=colour, width=3)
 
-    def text(self, x, y, text, colour="black", anchor="lm", dx=12, dy=0):
+    def label(self, x, y, text, colour="black", anchor="lm", dx=14, dy=0):
         self.draw.text((self.x(x) + dx, self.y(y) + dy), text, fill=colour, font=font(19), anchor=anchor)
 
-    def line(self, points, colour, width=3):
-        self.draw.line([(self.x(x), self.y(y)) for x, y in points], fill=colour, width=width)
-
-    def save(self, name):
-        self.image.save(ROOT / "docs" / name, optimize=True)
+    def legend(self, entries, x, y):
+        for i, (colour, text) in enumerate(entries):
+            self.draw.ellipse([x, y + 28 * i - 7, x + 14, y + 28 * i + 7], fill=colour)
+            self.draw.text((x + 24, y + 28 * i), text, fill="black", font=font(19), anchor="lm")
 
 
 def space_picture(steps=100):
     """Recovered distance against the loss right after the cut: all of 1:2, and cuts free of it."""
-    loss, grid = losses("dit-tiny", 6), losses("dit-tiny", 6, grid=True)
-    fd = {k: v[0] for k in loss if (v := recovered("dit-tiny", k, steps))}
-    low, high = min(fd.values()) * 0.85, max(fd.values()) * 1.2
-    chart = Chart(f"What becomes of a cut after {steps} steps of recovery", "dit-tiny, 12 layers -> 6; every dot is one cut",
+    loss, grid = losses("dit-tiny", "6:12"), losses("dit-tiny", "6:12", 2)
+    fd = {kept: v[0] for kept in loss if (v := recovered("dit-tiny", kept, steps, seeds=[0]))}
+    chart = Chart(f"What becomes of a cut in {steps} steps of recovery", "dit-tiny, 12 layers -> 6; every dot is one cut; 500 samples each",
                   "diffusion loss right after the cut (logarithmic)", "Frechet distance after recovery (logarithmic)",
-                  (0.15, 2.0), (low, high), (0.2, 0.3, 0.5, 1, 2), [v for v in (0.5, 1, 2, 3, 5, 10, 20, 50) if low < v < high])
-    legend = {("4", "11"): (BLUE, "1:2, keeps 4 and 11"), ("4", "10"): (ORANGE, "1:2, keeps 4 and 10"),
-              ("5", "11"): (PURPLE, "1:2, keeps 5 and 11"), ("5", "10"): (GREY, "1:2, keeps 5 and 10")}
+                  (0.15, 2.0), (min(fd.values()) * 0.85, max(fd.values()) * 1.2), (0.2, 0.3, 0.5, 1, 2))
+    colours = {"4 11": BLUE, "4 10": ORANGE, "5 11": PURPLE, "5 10": GREY}
     for kept, value in fd.items():
-        layers = kept.split()
-        if kept not in grid:
-            chart.dot(loss[kept], value, GREEN, shape="square")
-    for kept in [k for k in grid if k in fd]:
-        layers = kept.split()
-        chart.dot(loss[kept], fd[kept], legend["4" if "4" in layers else "5", "11" if "11" in layers else "10"][0])
+        if kept in grid:
+            layers = kept.split()
+            chart.dot(loss[kept], value, colours[f"{4 if '4' in layers else 5} {11 if '11' in layers else 10}"])
+        else:
+            chart.dot(loss[kept], value, GREEN, shape="rectangle")
     marks = {}
-    for row in [row for scheme in ("1:2", "3:6", "6:12") for row in choices("dit-tiny", "learned", scheme)]:
+    for row in [row for scheme in ("1:2", "3:6", "6:12") for row in choices("dit-tiny", criterion="learned", scheme=scheme)]:
         marks.setdefault(row["kept"], {}).setdefault(row["scheme"], []).append(row["seed"])
     for n, (kept, found) in enumerate((kept, found) for kept, found in marks.items() if kept in fd):
-        label = ", ".join(f"{scheme}, {len(seeds)} seed{'s' * (len(seeds) > 1)}" for scheme, seeds in found.items())
-        chart.dot(loss[kept], fd[kept], RED, r=7, ring=RED)
-        y = chart.y(fd[kept]) + (60, 90, 0, 0, 0)[n]
-        chart.draw.line([(chart.x(loss[kept]), chart.y(fd[kept])), (chart.x(loss[kept]) + 14, y)], fill=RED)
-        chart.draw.text((chart.x(loss[kept]) + 18, y), f"learned, {label}", fill=RED, font=font(19), anchor="lm")
-    for kept, label in ((min(loss, key=loss.get), "lowest loss of all 924"), (min(grid, key=grid.get), "lowest loss of 1:2")):
-        if kept in fd:
-            chart.dot(loss[kept], fd[kept], "black", r=7)
-            chart.text(loss[kept], fd[kept], label, anchor="rm" if kept in grid else "lm", dx=-14 if kept in grid else 14)
-    for i, (colour, label) in enumerate([*legend.values(), (GREEN, "free of 1:2"), (RED, "learned (search seeds)")]):
-        y = TOP + 22 + 28 * i
-        chart.draw.ellipse([LEFT + 16, y - 7, LEFT + 30, y + 7], fill=colour)
-        chart.draw.text((LEFT + 40, y), label, fill="black", font=font(19), anchor="lm")
-    chart.save("space.png")
+        text = ", ".join(f"{scheme}, {len(seeds)} seed{'s' * (len(seeds) > 1)}" for scheme, seeds in found.items())
+        x, y, dy = chart.x(loss[kept]), chart.y(fd[kept]), (60, 90, -30, 30, 30)[n]
+        chart.draw.line([(x, y), (x + 20, y + dy)], fill=RED)
+        chart.draw.text((x + 24, y + dy), f"learned {text}", fill=RED, font=font(19), anchor="lm")
+        chart.dot(loss[kept], fd[kept], RED, r=7, ring=True)
+    for kept, text in ((min(loss, key=loss.get), "lowest loss of all 924"), (min(grid, key=grid.get), "lowest loss of 1:2")):
+        chart.dot(loss[kept], fd[kept], "black", r=7)
+        chart.label(loss[kept], fd[kept], text, anchor="rm" if kept in grid else "lm", dx=-14 if kept in grid else 14, dy=0 if kept in grid else 20)
+    chart.legend([*((c, f"1:2, keeps {k.replace(' ', ' and ')}") for k, c in colours.items()), (GREEN, "free of 1:2"), (RED, "learned")], LEFT + 16, TOP + 22)
+    chart.image.save(ROOT / "docs" / "space.png", optimize=True)
+
+
+def length_picture():
+    """How long a recovery must be until the choice of layers no longer shows."""
+    loss, grid = losses("dit-tiny", "6:12"), losses("dit-tiny", "6:12", 2)
+    fd, order = whole_space(100), sorted(loss, key=loss.get)
+    curves = [("highest FD of 1:2", max(fd, key=fd.get), GREY), ("median loss of all 924", order[462], ORANGE), ("learned, 1:2", "0 2 4 7 8 11", RED),
+              ("lowest loss of 1:2", min(grid, key=grid.get), BLUE), ("lowest loss of all 924", order[0], "black")]
+    points = {text: [(s, v[0]) for s in (25, 100, 400, 800) if (v := recovered("dit-tiny", kept, s, seeds=[0]))] for text, kept, _ in curves}
+    values = [v for line in points.values() for _, v in line]
+    chart = Chart("The longer the recovery, the less the choice matters", "dit-tiny, 12 layers -> 6, masked-kd; each point is a run of its own",
+                  "steps of recovery (logarithmic)", "Frechet distance after recovery (logarithmic)", (20, 1000),
+                  (min(values) * 0.8, max(values) * 1.2), (25, 50, 100, 200, 400, 800))
+    for text, _, colour in curves:
+        chart.draw.line([(chart.x(s), chart.y(v)) for s, v in points[text]], fill=colour, width=3)
+        for s, v in points[text]:
+            chart.dot(s, v, colour)
+    chart.legend([(colour, f"{text}: {kept}") for text, kept, colour in curves], W - 480, TOP + 22)
+    chart.image.save(ROOT / "docs" / "length.png", optimize=True)
 
 
 def main():
     if "--pictures" in sys.argv:
-        return space_picture()
-    wanted = [a for a in sys.argv[1:] if not a.startswith("-")] or list(TABLES)
-    for name in wanted:
+        space_picture()
+        return length_picture()
+    for name in [a for a in sys.argv[1:] if not a.startswith("-")] or TABLES:
         print(f"\n## {name}\n\n{TABLES[name]()}")
 
 
