@@ -1,15 +1,14 @@
 """Runs the experiments behind the README's tables on the bundled digits, cell by cell, into docs/results.
 
     python reproduce/experiments.py --list            # which cells docs/results lacks, and how long they would take
-    python reproduce/experiments.py                   # computes them; start it twice (--share 0/2, 1/2) to use two cores
+    python reproduce/experiments.py                   # computes them; --share 0/2 and --share 1/2: two processes
     python reproduce/experiments.py --only sit-tiny   # cells whose name contains a text
     python reproduce/experiments.py --again 2         # computes two finished cells of each kind anew and compares
-    python reproduce/report.py --tables               # the tables, from docs/results alone; --pictures: docs/*.png
+    python reproduce/experiments.py --tables          # the tables, by report.py, which draws the pictures too
 
-A cell is a way through the stages. `losses`: the loss right after every cut of a scheme (prune.py --criterion lowest-loss).
-`choice`: what one criterion keeps. `recovery`: a cut, recovered for some steps, 500 samples, their Fréchet distance. Each is
-written when it is done, so a kill loses one cell. The recovery of a chosen cut waits until the choice is known: run the
-script until nothing is left.
+A cell is a way through the stages. `losses`: the loss right after every cut of a scheme (prune.py --criterion
+lowest-loss). `choice`: what one criterion keeps. `recovery`: a cut, recovered for some steps, and the Fréchet distance
+of 500 samples. Each is written when it is done, so a kill loses one cell.
 """
 import argparse
 import contextlib
@@ -26,16 +25,19 @@ sys.path[:0] = [str(ROOT), str(ROOT / "reproduce")]
 RESULTS, OUT = ROOT / "docs" / "results", ROOT / "out" / "experiments"
 FILES = {  # kind: (the fields that name a cell, how it was made)
     "losses": ("model scheme", "diffusion loss right after the cut, on 256 fixed draws, of every cut of the scheme"),
-    "choice": ("model criterion scheme delta_w seed", "seed: of the search, whose recipe is 250 steps of 64, lr 1e-3 and 1e-4"),
+    "choice": ("model criterion scheme delta_w seed",
+               "seed: of the search, whose recipe is 250 steps of 64; loss: right after the cut; seconds: of the "
+               "choice, on a shared machine"),
     "recovery": ("model kept mode steps lr sigma seed",
-                 "seed: of the recovery, batch 64, lr 1e-3, EMA 0.999; fd: Fréchet distance of 500 samples on the digit "
-                 "classifier's features (DiT: ddim, 20 steps, guidance 1.5; SiT: ode-euler, 20; MAR: 8 rounds, guidance 3), seed 0; "
-                 "right: share read as the digit asked for; at: fd of earlier steps of the same run; seconds: of the recovery")}
-FREE = {"dit-tiny": "6:12", "sit-tiny": "6:12", "mar-tiny": "3:6"}  # a group of MAR never straddles encoder and decoder
+                 "seed: of the recovery, batch 64, lr 1e-3, EMA 0.999; fd: Fréchet distance of 500 samples, seed 0, "
+                 "on the digit classifier's features (DiT: ddim, 20 steps, guidance 1.5; SiT: ode-euler, 20 grid "
+                 "points; MAR: 8 rounds, guidance 3); right: share read as the digit asked for; at: fd of earlier "
+                 "steps of the same run; seconds: of the recovery, on a shared machine")}
+FREE = {"dit-tiny": "6:12", "sit-tiny": "6:12", "mar-tiny": "3:6"}  # a group of MAR is of encoder or decoder
 SAMPLING = {"dit-tiny": "--sampler ddim --steps 20", "sit-tiny": "--sampler ode-euler --steps 20", "mar-tiny": ""}
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The plan: every cell, the most telling first. rows: what is known by now, as later cells recover what earlier ones chose.
+# The plan: every cell, the most telling first.
 
 
 def cell(kind: str, **settings) -> dict:
@@ -46,7 +48,8 @@ def cell(kind: str, **settings) -> dict:
 
 def name(row: dict) -> str:
     """What identifies a cell, and the row that it becomes."""
-    return " ".join([row["kind"], *[str(row[k]).replace(" ", ",") for k in FILES[row["kind"]][0].split() if row.get(k) is not None]])
+    fields = [row[k] for k in FILES[row["kind"]][0].split() if row.get(k) is not None]
+    return " ".join([row["kind"], *[str(v).replace(" ", ",") for v in fields]])
 
 
 def recovery(model, kept, steps, seed=0, mode="masked-kd", **more) -> dict:
@@ -54,28 +57,29 @@ def recovery(model, kept, steps, seed=0, mode="masked-kd", **more) -> dict:
 
 
 def plan(rows: list):
+    """rows: what is known by now, as later cells recover what earlier ones chose."""
     loss = {(r["model"], r["scheme"]): r["losses"] for r in rows if r["kind"] == "losses"}
-    picked = lambda **wanted: {r["kept"] for r in rows if r["kind"] == "choice" and all(r[k] == v for k, v in wanted.items())}
+    picked = lambda model, scheme: {r["kept"] for r in rows if r["kind"] == "choice" and r["model"] == model
+                                    and r["scheme"] == scheme and "delta_w" not in r}
     yield from (cell("losses", model=model, scheme=scheme) for model, scheme in FREE.items())
     yield from (cell("losses", model="dit-tiny", scheme=scheme) for scheme in ("4:12", "3:12"))
     for model, free in FREE.items():  # tables 1 and 2, and the rivals
         for scheme in ("1:2", free):
-            names = ["bi", "flux-lite", "sensitivity", "probe", "oracle", "lowest-loss", "learned", "distilled", "greedy", "adapted", "halving"]
-            yield from (cell("choice", model=model, criterion=c, scheme=scheme, seed=0) for c in names)
+            for criterion in ("bi", "flux-lite", "sensitivity", "probe", "oracle", "lowest-loss", "learned",
+                              "distilled", "greedy", "adapted", "halving"):
+                yield cell("choice", model=model, criterion=criterion, scheme=scheme, seed=0)
         yield from (cell("choice", model=model, criterion="random", scheme="1:2", seed=seed) for seed in range(3))
-    seeds = {"learned 1:2": 5, "learned 3:6": 2, "learned 6:12": 2, "distilled 1:2": 3, "distilled 6:12": 2, "adapted 1:2": 2,
-             "adapted 6:12": 2, "halving 1:2": 2, "halving 6:12": 2}
-    for which, count in seeds.items():
-        criterion, scheme = which.split()
-        yield from (cell("choice", model="dit-tiny", criterion=criterion, scheme=scheme, seed=seed) for seed in range(count))
-    for criterion, scheme, count in (("learned", "1:3", 2), ("learned", "4:12", 1), ("learned", "1:4", 2), ("learned", "3:12", 1),
-                                     ("random", "1:3", 3), ("random", "1:4", 3)):  # where depth is scarce
-        yield from (cell("choice", model="dit-tiny", criterion=criterion, scheme=scheme, seed=seed) for seed in range(count))
+    for criterion, scheme, seeds in (
+            ("learned", "1:2", 5), ("learned", "3:6", 2), ("learned", "6:12", 2), ("distilled", "1:2", 3),
+            ("distilled", "6:12", 2), ("adapted", "1:2", 2), ("adapted", "6:12", 2), ("halving", "1:2", 2),
+            ("halving", "6:12", 2), ("learned", "1:3", 2), ("learned", "4:12", 1), ("learned", "1:4", 2),
+            ("learned", "3:12", 1), ("random", "1:3", 3), ("random", "1:4", 3)):  # the last ones: where depth is scarce
+        yield from (cell("choice", model="dit-tiny", criterion=criterion, scheme=scheme, seed=k) for k in range(seeds))
 
     grid = [" ".join(map(str, c)) for c in itertools.product(*[(2 * g, 2 * g + 1) for g in range(6)])]
-    yield from (recovery("dit-tiny", kept, 100) for kept in grid)  # the whole space of 1:2: figure 5 and table 3, complete
-    done = {r["kept"]: r["fd"] for r in rows if r["kind"] == "recovery" and r["steps"] == 100 and r["model"] == "dit-tiny"
-            and r["mode"] == "masked-kd" and r["seed"] == 0 and r["kept"] in grid}
+    yield from (recovery("dit-tiny", kept, 100) for kept in grid)  # the whole space of 1:2: figure 5, complete
+    wanted = {name(recovery("dit-tiny", kept, 100)) for kept in grid}
+    done = {row["kept"]: row["fd"] for row in rows if name(row) in wanted}
     learned, lowest = "0 2 4 7 8 11", "1 2 4 7 9 11"  # of 1:2
     if len(done) == len(grid):  # a panel, spread over the ranks, for other lengths and another seed
         order = sorted(grid, key=done.get)
@@ -91,13 +95,14 @@ def plan(rows: list):
         yield from (recovery("dit-tiny", learned, 100, seed, mode) for seed in range(3))
         yield recovery("dit-tiny", learned, 800, 0, mode, at=[200, 400])
     for model in FREE:
-        kept = set().union(*[picked(model=model, scheme=scheme) for scheme in ("1:2", "3:6", "6:12")])
-        yield from (recovery(model, k, 100, seed) for seed in range({"dit-tiny": 3}.get(model, 1)) for k in sorted(kept))
-    for scheme, free in (("1:3", "4:12"), ("1:4", "3:12")):
-        kept = picked(model="dit-tiny", scheme=scheme) | picked(model="dit-tiny", scheme=free)
-        of_grid = [k for k in loss.get(("dit-tiny", free), {}) if len({int(i) // int(scheme[2]) for i in k.split()}) == len(k.split())]
-        for of in (list(loss.get(("dit-tiny", free), {})), of_grid):
-            kept |= {min(of, key=loss["dit-tiny", free].get)} if of else set()
+        kept = picked(model, "1:2") | picked(model, "3:6") | picked(model, "6:12")
+        for seed in range(3 if model == "dit-tiny" else 1):
+            yield from (recovery(model, k, 100, seed) for k in sorted(kept))
+    for groups, free in ((4, "4:12"), (3, "3:12")):
+        of_all = loss.get(("dit-tiny", free), {})
+        of_grid = [k for k in of_all if len({int(i) // (12 // groups) for i in k.split()}) == groups]
+        kept = picked("dit-tiny", f"1:{12 // groups}") | picked("dit-tiny", free)
+        kept |= {min(cuts, key=of_all.get) for cuts in (of_all, of_grid) if cuts}
         yield from (recovery("dit-tiny", k, steps) for steps in (100, 800) for k in sorted(kept))
 
 
@@ -131,7 +136,8 @@ def compute(row: dict) -> dict:
             seconds = round(time.time() - started, 1)
             found = measure(row["model"], work / "student" / "student.pt", work / "samples") | dict(seconds=seconds)
             if "at" in row:
-                found["at"] = {k: measure(row["model"], work / "student" / f"step-{k:08}.pt", work / "samples")["fd"] for k in row["at"]}
+                saved = {k: work / "student" / f"step-{k:08}.pt" for k in row["at"]}
+                found["at"] = {k: measure(row["model"], path, work / "samples")["fd"] for k, path in saved.items()}
             return row | found
         criterion = row.get("criterion", "lowest-loss")
         flags = ["--delta-w", row["delta_w"]] if "delta_w" in row else []
@@ -139,13 +145,12 @@ def compute(row: dict) -> dict:
         log = [json.loads(line) for line in (work / "cut" / "log.jsonl").read_text().splitlines()]
         if row["kind"] == "losses":
             table = next(line for line in log if "losses" in line)
-            return row | dict(losses={" ".join(map(str, k)): round(v, 4) for k, v in zip(table["cuts"], table["losses"])})
-        config = model.read_state(work / "cut" / "shallow.pt")[1]
-        found = dict(kept=" ".join(map(str, config["kept"])), loss=round(config["calibration_loss"], 4), seconds=round(time.time() - started, 1))
-        sure = [line["confidence"] for line in log if "confidence" in line]
-        scores = [line["scores"] for line in log if "scores" in line]
-        return row | found | ({"confidence": [round(v, 2) for v in sure[-1]]} if sure else {}) | (
-            {"scores": [round(v, 5) for v in scores[-1]]} if scores else {})
+            cuts = [" ".join(map(str, kept)) for kept in table["cuts"]]
+            return row | dict(losses={kept: round(v, 4) for kept, v in zip(cuts, table["losses"])})
+        config, seconds = model.read_state(work / "cut" / "shallow.pt")[1], round(time.time() - started, 1)
+        kept, loss = " ".join(map(str, config["kept"])), round(config["calibration_loss"], 4)
+        more = {k: [round(v, 5) for v in line[k]] for line in log for k in ("confidence", "scores") if k in line}
+        return row | dict(kept=kept, loss=loss, seconds=seconds) | more
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
@@ -153,7 +158,8 @@ def compute(row: dict) -> dict:
 def measure(model, ckpt, out) -> dict:
     import fid
     import sample
-    call(sample, "--ckpt", ckpt, "--num-images", 500, "--batch-size", 32, "--device", "cpu", "--out", out, *SAMPLING[model].split())
+    machine = ["--batch-size", 32, "--device", "cpu"]
+    call(sample, "--ckpt", ckpt, "--num-images", 500, "--out", out, *machine, *SAMPLING[model].split())
     with contextlib.redirect_stderr(io.StringIO()):
         found = fid.evaluate(str(out / "samples.npz"), "digits", pr=False)
     return dict(fd=round(found["fid"], 4), right=round(found["accuracy"], 4))
@@ -189,23 +195,33 @@ def seconds_of(row: dict) -> float:
     return row["steps"] * passes * (0.023 if row["model"] == "mar-tiny" else 0.006) + 12 * (1 + len(row.get("at", ())))
 
 
+def again(count: int, only: str):
+    """Computes finished cells from their settings, and says whether the result is the same."""
+    for kind, (fields, _) in FILES.items():
+        result = {"losses": "losses", "choice": "kept", "recovery": "fd"}[kind]
+        for row in [row for row in known() if row["kind"] == kind and only in name(row)][:count]:
+            new = compute({k: row[k] for k in ("kind", *fields.split()) if k in row})
+            verdict = "same" if new[result] == row[result] else "DIFFERS"
+            print(f"{verdict}: {name(row)}: {str(new[result])[:40]} now, {str(row[result])[:40]} before", flush=True)
+
+
+def print_tables():
+    import report
+    for title, lines in report.TABLES.items():
+        print(f"\n## {title}\n\n{lines()}")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--list", action="store_true", help="print what is left, with an estimate, and stop")
     parser.add_argument("--only", default="", metavar="TEXT", help="only cells whose name contains it")
     parser.add_argument("--share", default="0/1", metavar="I/N", help="every Nth cell from the Ith, for N processes")
-    parser.add_argument("--again", type=int, default=0, metavar="N", help="compute N finished cells of each kind anew, and compare")
+    parser.add_argument("--again", type=int, default=0, metavar="N", help="compute N cells of each kind anew, compare")
+    parser.add_argument("--tables", action="store_true", help="print the tables and stop")
     args = parser.parse_args()
-    rows, first, step = known(), *map(int, args.share.split("/"))
-    if args.again:
-        for kind in FILES:
-            for row in [r for r in rows if r["kind"] == kind and args.only in name(r)][: args.again]:
-                asked = {k: v for k, v in row.items() if k in ("kind", *FILES[kind][0].split())}
-                if kind == "choice":
-                    asked.pop("kept", None)
-                new, result = compute(asked), {"losses": "losses", "choice": "kept", "recovery": "fd"}[kind]
-                print(f"{'same' if new[result] == row[result] else 'DIFFERS'}: {name(row)}: {str(new[result])[:60]} | {str(row[result])[:60]}", flush=True)
-        return
+    first, step = map(int, args.share.split("/"))
+    if args.again or args.tables:
+        return again(args.again, args.only) if args.again else print_tables()
     OUT.mkdir(parents=True, exist_ok=True)
     while True:
         rows = known()

@@ -23,7 +23,7 @@ from prune import calibration, calibration_loss, groups_of, keeping
 
 
 class Distilled:
-    """An objective whose loss is the distillation loss: the output should be the uncut network's (0.9), and right (0.1)."""
+    """An objective whose loss is the distillation loss: 0.9 of being like the uncut network, 0.1 of being right."""
 
     def __init__(self, objective, teacher):
         self.draw, self.predict, self.inner, self.teacher = objective.draw, objective.predict, objective, teacher
@@ -76,7 +76,7 @@ def train(net, objective, batches, steps, optimizer, before=lambda noise: None):
 
 
 def adapted(net, objective, batches, scheme, run, steps=200) -> list:
-    """What the search's dW is worth without its logits: all masks equally likely, then every cut of the scheme is tried."""
+    """What the search's dW is worth without its logits: all masks are equally likely, then every cut is tried."""
     torch.manual_seed(mix(run.args.seed, 2))
     delta, blocks = prune.add_delta_w(net, "lora", 8), net.layers()
     masks = prune.LayerMasks(scheme, run.device).requires_grad_(False)

@@ -4,8 +4,8 @@
     python reproduce/report.py space modes            # these
     python reproduce/report.py --pictures             # docs/space.png, docs/length.png
 
-FD is the Fréchet distance of 500 samples. "a ± b (n)" is the mean and the standard deviation over n seeds of the recovery; without ±,
-there is one. A cut's loss is the diffusion loss right after the cut, before any recovery; the whole network's is 0.09 (dit-tiny).
+FD is the Fréchet distance of 500 samples. "a ± b (n)" is the mean and the standard deviation over n seeds of the
+recovery; without ±, there is one. A cut's loss is the training loss right after the cut, before any recovery.
 """
 import functools
 import json
@@ -29,7 +29,8 @@ def rows(kind: str) -> list:
 def recovered(model, kept, steps, mode="masked-kd", seeds=range(9)) -> list:
     """The Fréchet distances of a cut recovered so, one per seed."""
     wanted = dict(model=model, kept=kept, steps=steps, mode=mode, lr=None, sigma=None)
-    return [row["fd"] for row in rows("recovery") if row["seed"] in seeds and all(row.get(k) == v for k, v in wanted.items())]
+    fits = lambda row: row["seed"] in seeds and all(row.get(k) == v for k, v in wanted.items())
+    return [row["fd"] for row in rows("recovery") if fits(row)]
 
 
 def spread(values: list) -> str:
@@ -66,14 +67,16 @@ def table(header: str, lines: list) -> str:
 
 def whole_space(steps, seed=0) -> dict:
     """{kept: FD} of the cuts of 1:2 that were recovered so."""
-    return {kept: fd[0] for kept in losses("dit-tiny", "6:12", 2) if (fd := recovered("dit-tiny", kept, steps, seeds=[seed]))}
+    found = {kept: recovered("dit-tiny", kept, steps, seeds=[seed]) for kept in losses("dit-tiny", "6:12", 2)}
+    return {kept: fd[0] for kept, fd in found.items() if fd}
 
 
 def space() -> str:
     """The cuts of 1:2, dit-tiny, by length of the recovery; and the rank of what the search chose."""
     loss, lines = losses("dit-tiny", "6:12", 2), []
     lowest = min(loss, key=loss.get)
-    lengths = {"25": whole_space(25), "100": whole_space(100), "100, another seed": whole_space(100, 1), "400": whole_space(400)}
+    lengths = {"25": whole_space(25), "100": whole_space(100), "400": whole_space(400)}
+    lengths["100, another seed"] = whole_space(100, 1)
     for steps, fd in lengths.items():
         if len(fd) < 3 or lowest not in fd:
             continue
@@ -82,13 +85,15 @@ def space() -> str:
         lines.append([steps, len(fd), f"{ordered[0]:.2f}", f"{statistics.median(ordered):.2f}", f"{ordered[-1]:.2f}",
                       f"{correlation.statistic:.2f} (p = {correlation.pvalue:.1g})", f"{at_100.statistic:.2f}",
                       f"{fd[lowest]:.2f} (rank {rank_of(lowest, fd)})"])
-    text = table("recovery steps | cuts | best FD | median | worst | rank correlation with the loss | with FD after 100 steps | "
-                 "the lowest loss", lines)
+    text = table("recovery steps | cuts | best FD | median | worst | rank correlation with the loss | "
+                 "with FD after 100 steps | the lowest loss", lines)
     lines = []
     for row in choices("dit-tiny", criterion="learned", scheme="1:2"):
         fd = lengths["100"]
-        lines.append([row["seed"], row["kept"], rank_of(row["kept"], loss), f"{fd[row['kept']]:.2f}", rank_of(row["kept"], fd), f"{len(fd) / 2 + 0.5}"])
-    return text + "\n\n" + table("search seed | keeps | rank of its loss | FD, 100 steps | its rank of 64 | expected of a random cut", lines)
+        kept = row["kept"]
+        lines.append([row["seed"], kept, rank_of(kept, loss), f"{fd[kept]:.2f}", rank_of(kept, fd), len(fd) / 2 + 0.5])
+    return text + "\n\n" + table("search seed | keeps | rank of its loss of 64 | FD, 100 steps | its rank of 64 | "
+                                 "expected rank of a random cut", lines)
 
 
 def decisive() -> str:
@@ -96,11 +101,12 @@ def decisive() -> str:
     fd, lines = whole_space(100), []
     found = choices("dit-tiny", criterion="learned", scheme="1:2")
     for g in range(6):
-        mean = {i: statistics.mean(v for kept, v in fd.items() if str(i) in kept.split()) for i in (2 * g, 2 * g + 1)}
+        mean = [statistics.mean(v for kept, v in fd.items() if str(i) in kept.split()) for i in (2 * g, 2 * g + 1)]
         sure = [row["confidence"][2 * g] for row in found]
-        lines.append([f"{2 * g} or {2 * g + 1}", f"{mean[2 * g]:.2f}", f"{mean[2 * g + 1]:.2f}",
+        lines.append([f"{2 * g} or {2 * g + 1}", f"{mean[0]:.2f}", f"{mean[1]:.2f}",
                       f"{100 * statistics.mean(sure):.0f} % ({100 * min(sure):.0f} to {100 * max(sure):.0f})"])
-    return table("group | mean FD with the first, 32 cuts | with the second | probability of the first, 5 search seeds", lines)
+    return table("layers | mean FD with the first, 32 cuts | with the second, 32 | the search's probability of the "
+                 "first, mean (range) of 5 seeds", lines)
 
 
 def free() -> str:
@@ -114,48 +120,55 @@ def free() -> str:
     for scheme in ("1:2", "3:6", "6:12"):
         for row in choices("dit-tiny", criterion="learned", scheme=scheme):
             note(row["kept"], f"learned {scheme}, seed {row['seed']}")
-    lines = [["; ".join(what), kept, f"{loss[kept]:.3f}", rank_of(kept, loss), *[spread(recovered("dit-tiny", kept, s)) for s in (25, 100, 400, 800)]]
+    lines = [["; ".join(what), kept, f"{loss[kept]:.3f}", rank_of(kept, loss),
+              *[spread(recovered("dit-tiny", kept, s)) for s in (25, 100, 400, 800)]]
              for kept, what in sorted(named.items(), key=lambda item: loss[item[0]])]
     fd = {kept: v[0] for kept in loss if kept not in grid and (v := recovered("dit-tiny", kept, 100, seeds=[0]))}
     correlation = spearmanr([loss[kept] for kept in fd], list(fd.values()))
     return table("cut | keeps | loss | rank of 924 | FD, 25 steps | 100 | 400 | 800", lines) + (
-        f"\n\nRank correlation of loss and FD after 100 steps, {len(fd)} cuts outside 1:2: {correlation.statistic:.2f} (p = {correlation.pvalue:.1g})")
+        f"\n\nRank correlation of loss and FD after 100 steps, {len(fd)} cuts outside 1:2: "
+        f"{correlation.statistic:.2f} (p = {correlation.pvalue:.1g})")
 
 
 def criteria(model: str) -> str:
     """Every criterion at 12 -> 6, equal budgets."""
-    lines, found = [], {}
+    lines, found, lengths = [], {}, (100, 800) if model == "dit-tiny" else (100,)
     for row in choices(model):
         found.setdefault((row["scheme"] != "1:2", row["scheme"], row["criterion"], row["kept"]), []).append(row)
     for (_, scheme, criterion, kept), same in sorted(found.items()):
         seeds = ", ".join(str(row["seed"]) for row in same)
         loss = f"{same[0]['loss']:.3f}" if "loss" in same[0] else "-"
         cost = f"{statistics.mean(row['seconds'] for row in same):.0f}"
-        lines.append([criterion, scheme, seeds, kept, loss, cost, *[spread(recovered(model, kept, s)) for s in ((100, 800) if model == "dit-tiny" else (100,))]])
-    last = " | FD, 100 steps | 800" if model == "dit-tiny" else " | FD, 100 steps"
+        fd = [spread(recovered(model, kept, steps)) for steps in lengths]
+        lines.append([criterion, scheme, seeds, kept, loss, cost, *fd])
+    last = "".join(f" | FD, {steps} steps" for steps in lengths)
     return table("criterion | scheme | its seeds | keeps | loss | seconds" + last, lines)
 
 
 def ideas() -> str:
-    """The paper's search and its rivals, averaged over what each chose: ratio of FD to that of the paper's search."""
+    """The paper's search and its rivals, averaged over what their seeds chose; one seed of the recovery."""
     lines = []
     for criterion in ("learned", "distilled", "greedy", "adapted", "halving", "lowest-loss", "random"):
         for free in (False, True):
             line = [criterion, "free" if free else "1:2"]
             for model in FREE:
-                kept = [row["kept"] for row in choices(model, criterion=criterion, scheme=FREE[model] if free else "1:2")]
+                scheme = FREE[model] if free else "1:2"
+                kept = [row["kept"] for row in choices(model, criterion=criterion, scheme=scheme)]
                 fd = [v[0] for k in kept if (v := recovered(model, k, 100, seeds=[0]))]
                 line.append(f"{statistics.mean(fd):.2f}" if fd and len(fd) == len(kept) else "-")
             lines.append(line)
-    return table("criterion | scheme | FD after 100 steps, " + " | ".join(FREE), [line for line in lines if set(line[2:]) != {"-"}])
+    lines = [line for line in lines if set(line[2:]) != {"-"}]
+    return table("criterion | scheme | FD after 100 steps, " + " | ".join(FREE), lines)
 
 
 def modes() -> str:
     """Table 5 and figure 14 at home: one cut, recovered in every way."""
     kept, lines = "0 2 4 7 8 11", []
     for mode in ("finetune", "logits-kd", "rep-kd", "masked-kd"):
-        along = next((row["at"] for row in rows("recovery") if (row["kept"], row["mode"], row["steps"]) == (kept, mode, 800) and "at" in row), {})
-        lines.append([mode, spread(recovered("dit-tiny", kept, 100, mode)), *[f"{along[s]:.2f}" if s in along else "-" for s in ("200", "400")],
+        long = [row for row in rows("recovery") if (row["kept"], row["mode"], row["steps"]) == (kept, mode, 800)]
+        along = next((row["at"] for row in long if "at" in row), {})
+        lines.append([mode, spread(recovered("dit-tiny", kept, 100, mode)),
+                      *[f"{along[s]:.2f}" if s in along else "-" for s in ("200", "400")],
                       spread(recovered("dit-tiny", kept, 800, mode))])
     return table("mode | FD, a run of 100 steps | a run of 800: at 200 | at 400 | at its end", lines)
 
@@ -167,12 +180,13 @@ def scarce() -> str:
         grid, free = f"1:{12 // depth}", f"{depth}:12"
         loss, named = losses("dit-tiny", free), {}
         of_grid = losses("dit-tiny", free, 12 // depth)
-        for kept, what in ((min(loss, key=loss.get), f"lowest loss of all {len(loss)}"), (min(of_grid, key=of_grid.get), f"lowest loss of {grid}")):
-            named.setdefault(kept, []).append(what)
+        named.setdefault(min(loss, key=loss.get), []).append(f"lowest loss of all {len(loss)}")
+        named.setdefault(min(of_grid, key=of_grid.get), []).append(f"lowest loss of {grid}")
         for row in choices("dit-tiny", depth):
             named.setdefault(row["kept"], []).append(f"{row['criterion']} {row['scheme']}, seed {row['seed']}")
-        lines += [[depth, "; ".join(what), kept, f"{loss[kept]:.3f}", *[spread(recovered("dit-tiny", kept, s)) for s in (100, 800)]]
-                  for kept, what in named.items()]
+        for kept, what in named.items():
+            fd = [spread(recovered("dit-tiny", kept, steps)) for steps in (100, 800)]
+            lines.append([depth, "; ".join(what), kept, f"{loss[kept]:.3f}", *fd])
     return table("layers | cut | keeps | loss | FD, 100 steps | 800", lines)
 
 
@@ -229,7 +243,8 @@ def space_picture(steps=100):
     """Recovered distance against the loss right after the cut: all of 1:2, and cuts free of it."""
     loss, grid = losses("dit-tiny", "6:12"), losses("dit-tiny", "6:12", 2)
     fd = {kept: v[0] for kept in loss if (v := recovered("dit-tiny", kept, steps, seeds=[0]))}
-    chart = Chart(f"What becomes of a cut in {steps} steps of recovery", "dit-tiny, 12 layers -> 6; every dot is one cut; 500 samples each",
+    chart = Chart(f"What becomes of a cut in {steps} steps of recovery",
+                  "dit-tiny, 12 layers -> 6; every dot is one cut; 500 samples each",
                   "diffusion loss right after the cut (logarithmic)", "Frechet distance after recovery (logarithmic)",
                   (0.15, 2.0), (min(fd.values()) * 0.85, max(fd.values()) * 1.2), (0.2, 0.3, 0.5, 1, 2))
     colours = {"4 11": BLUE, "4 10": ORANGE, "5 11": PURPLE, "5 10": GREY}
@@ -240,18 +255,22 @@ def space_picture(steps=100):
         else:
             chart.dot(loss[kept], value, GREEN, shape="rectangle")
     marks = {}
-    for row in [row for scheme in ("1:2", "3:6", "6:12") for row in choices("dit-tiny", criterion="learned", scheme=scheme)]:
-        marks.setdefault(row["kept"], {}).setdefault(row["scheme"], []).append(row["seed"])
+    for scheme in ("1:2", "3:6", "6:12"):
+        for row in choices("dit-tiny", criterion="learned", scheme=scheme):
+            marks.setdefault(row["kept"], {}).setdefault(scheme, []).append(row["seed"])
     for n, (kept, found) in enumerate((kept, found) for kept, found in marks.items() if kept in fd):
         text = ", ".join(f"{scheme}, {len(seeds)} seed{'s' * (len(seeds) > 1)}" for scheme, seeds in found.items())
         x, y, dy = chart.x(loss[kept]), chart.y(fd[kept]), (60, 90, -30, 30, 30)[n]
         chart.draw.line([(x, y), (x + 20, y + dy)], fill=RED)
         chart.draw.text((x + 24, y + dy), f"learned {text}", fill=RED, font=font(19), anchor="lm")
         chart.dot(loss[kept], fd[kept], RED, r=7, ring=True)
-    for kept, text in ((min(loss, key=loss.get), "lowest loss of all 924"), (min(grid, key=grid.get), "lowest loss of 1:2")):
+    lowest = min(loss, key=loss.get), min(grid, key=grid.get)
+    for kept in lowest:
         chart.dot(loss[kept], fd[kept], "black", r=7)
-        chart.label(loss[kept], fd[kept], text, anchor="rm" if kept in grid else "lm", dx=-14 if kept in grid else 14, dy=0 if kept in grid else 20)
-    chart.legend([*((c, f"1:2, keeps {k.replace(' ', ' and ')}") for k, c in colours.items()), (GREEN, "free of 1:2"), (RED, "learned")], LEFT + 16, TOP + 22)
+    chart.label(loss[lowest[0]], fd[lowest[0]], "lowest loss of all 924", dy=20)
+    chart.label(loss[lowest[1]], fd[lowest[1]], "lowest loss of 1:2", anchor="rm", dx=-14)
+    entries = [(colour, f"1:2, keeps {layers.replace(' ', ' and ')}") for layers, colour in colours.items()]
+    chart.legend([*entries, (GREEN, "free of 1:2"), (RED, "learned")], LEFT + 16, TOP + 22)
     chart.image.save(ROOT / "docs" / "space.png", optimize=True)
 
 
@@ -259,11 +278,14 @@ def length_picture():
     """How long a recovery must be until the choice of layers no longer shows."""
     loss, grid = losses("dit-tiny", "6:12"), losses("dit-tiny", "6:12", 2)
     fd, order = whole_space(100), sorted(loss, key=loss.get)
-    curves = [("highest FD of 1:2", max(fd, key=fd.get), GREY), ("median loss of all 924", order[462], ORANGE), ("learned, 1:2", "0 2 4 7 8 11", RED),
-              ("lowest loss of 1:2", min(grid, key=grid.get), BLUE), ("lowest loss of all 924", order[0], "black")]
-    points = {text: [(s, v[0]) for s in (25, 100, 400, 800) if (v := recovered("dit-tiny", kept, s, seeds=[0]))] for text, kept, _ in curves}
+    curves = [("highest FD of 1:2", max(fd, key=fd.get), GREY), ("median loss of all 924", order[462], ORANGE),
+              ("learned, 1:2", "0 2 4 7 8 11", RED), ("lowest loss of 1:2", min(grid, key=grid.get), BLUE),
+              ("lowest loss of all 924", order[0], "black")]
+    at = lambda kept: [(s, v[0]) for s in (25, 100, 400, 800) if (v := recovered("dit-tiny", kept, s, seeds=[0]))]
+    points = {text: at(kept) for text, kept, _ in curves}
     values = [v for line in points.values() for _, v in line]
-    chart = Chart("The longer the recovery, the less the choice matters", "dit-tiny, 12 layers -> 6, masked-kd; each point is a run of its own",
+    chart = Chart("The longer the recovery, the less the choice matters",
+                  "dit-tiny, 12 layers -> 6, masked-kd; each point is a run of its own",
                   "steps of recovery (logarithmic)", "Frechet distance after recovery (logarithmic)", (20, 1000),
                   (min(values) * 0.8, max(values) * 1.2), (25, 50, 100, 200, 400, 800))
     for text, _, colour in curves:
@@ -278,7 +300,7 @@ def main():
     if "--pictures" in sys.argv:
         space_picture()
         return length_picture()
-    for name in [a for a in sys.argv[1:] if not a.startswith("-")] or TABLES:
+    for name in [argument for argument in sys.argv[1:] if not argument.startswith("-")] or TABLES:
         print(f"\n## {name}\n\n{TABLES[name]()}")
 
 
