@@ -37,7 +37,7 @@ FREE = {"dit-tiny": "6:12", "sit-tiny": "6:12", "mar-tiny": "3:6"}  # a group of
 SAMPLING = {"dit-tiny": "--sampler ddim --steps 20", "sit-tiny": "--sampler ode-euler --steps 20", "mar-tiny": ""}
 SPREAD = ["0 1 2 3 4 7", "0 1 4 7 9 11", "0 1 3 6 7 10", "0 1 5 6 7 9", "1 2 3 5 7 11", "1 3 4 6 7 11", "0 2 5 6 8 11",
           "1 3 4 7 9 10", "0 2 4 7 9 10", "0 2 5 6 7 9", "0 4 5 9 10 11", "2 3 8 9 10 11", "3 5 6 7 9 11",
-          "2 4 6 8 9 10", "4 5 6 7 8 10"]  # of all 924, evenly over the ranks of their losses, by a measurement of 512 draws
+          "2 4 6 8 9 10", "4 5 6 7 8 10"]  # of all 924, evenly over the ranks of their losses on 512 draws
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The plan: every cell, the most telling first.
