@@ -3075,6 +3075,13 @@ def test_the_code_in_the_readme_is_the_code_that_runs(latents, tmp_path, monkeyp
     assert len(listing.splitlines()) <= 20
 
 
+def test_the_tables_of_the_readme_are_those_of_the_results():
+    spec = importlib.util.spec_from_file_location("report", ROOT / "reproduce/report.py")
+    report = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(report)
+    assert README.count("<!-- report ") >= 3 and report.fill(README) == README
+
+
 def test_imports_follow_the_pipeline():
     order = dict(model=[], extract_latents=["model"], prune=["model", "extract_latents"], sample=["model", "extract_latents"],
                  distill=["model", "extract_latents", "prune"], fid=[])

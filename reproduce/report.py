@@ -2,6 +2,7 @@
 
     python reproduce/report.py --tables               # every table
     python reproduce/report.py space modes            # these
+    python reproduce/report.py --readme               # puts them into the README
     python reproduce/report.py --pictures             # docs/space.png, docs/length.png
 
 FD is the Fréchet distance of 500 samples. "a ± b (n)" is the mean and the standard deviation over n seeds of the
@@ -10,6 +11,7 @@ recovery; without ±, there is one. A cut's loss is the training loss right afte
 import functools
 import json
 import math
+import re
 import statistics
 import sys
 from pathlib import Path
@@ -307,10 +309,18 @@ def length_picture():
     chart.image.save(ROOT / "docs" / "length.png", optimize=True)
 
 
+def fill(page: str) -> str:
+    """Puts the tables of today's docs/results between the marks `<!-- report NAME -->` and `<!-- end -->`."""
+    marked = re.compile(r"(<!-- report ([\w-]+) -->\n).*?(<!-- end -->)", re.S)
+    return marked.sub(lambda m: f"{m[1]}{TABLES[m[2]]()}\n{m[3]}", page)
+
+
 def main():
     if "--pictures" in sys.argv:
         space_picture()
         return length_picture()
+    if "--readme" in sys.argv:
+        return (ROOT / "README.md").write_text(fill((ROOT / "README.md").read_text()))
     for name in [argument for argument in sys.argv[1:] if not argument.startswith("-")] or TABLES:
         print(f"\n## {name}\n\n{TABLES[name]()}")
 
