@@ -1705,7 +1705,7 @@ def run_fid(monkeypatch, *argv):
 
 
 def on_two_machines(folder, code):
-    """Runs code, which knows rank and folder, in two processes, each its machine's first: [(exit code, stderr), ...]."""
+    """Runs code, with rank and folder, in two processes, each its machine's first: [(exit code, stderr), ...]."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         master = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(s.getsockname()[1]), WORLD_SIZE="2", LOCAL_RANK="0")
