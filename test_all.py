@@ -750,14 +750,15 @@ def test_vae_upsampling_is_a_convolution_of_doubled_pixels():
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
 
 
-def test_vae_gives_the_same_with_and_without_gradients():
-    """Where no gradient is wanted, SiLU works in place."""
-    vae = AutoencoderKL(dict(SD, channels=[8, 8], groups=4))
-    x = torch.randn(1, 3, 8, 8)
-    with torch.no_grad():
-        want = vae.encode(x)[0], vae.decode(torch.ones(1, 4, 4, 4))
-    got = vae.encode(x)[0], vae.decode(torch.ones(1, 4, 4, 4))
-    assert all(torch.equal(a, b) and a.requires_grad for a, b in zip(got, want))
+def test_vae_residual_block_has_the_gradient_of_its_formula():
+    """SiLU and the sum work in place."""
+    block, x = extract_latents.ResnetBlock(4, 8, 2), torch.randn(2, 4, 5, 5, requires_grad=True)
+    silu = torch.nn.functional.silu
+    want = block.conv2(silu(block.norm2(block.conv1(silu(block.norm1(x)))))) + block.conv_shortcut(x)
+    got, out, weights = block(x), torch.randn_like(want), [x, *block.parameters()]
+    assert torch.equal(got, want)
+    for a, b in zip(torch.autograd.grad(got, weights, out), torch.autograd.grad(want, weights, out)):
+        torch.testing.assert_close(a, b)
 
 
 def test_vae_keys_equal_the_manifests():
@@ -904,8 +905,9 @@ def test_extract_folder_order_and_unreadable_images(tmp_path, extract, capsys):
 # Writing
 
 
-def test_extract_labels_and_mirror_images(tmp_path, extract, digits60, capsys):
-    out = tmp_path / "out"
+def test_extract_labels_and_mirror_images(tmp_path, monkeypatch, extract, digits60, capsys):
+    out, glob = tmp_path / "out", Path.glob
+    monkeypatch.setattr(Path, "glob", lambda path, pattern: sorted(glob(path, pattern), reverse=True))  # any order
     assert extract("--data", digits60, "--out", out, "--flip", "--batch-size", 7) == 0
     assert capsys.readouterr().out.startswith("digits in float32 on cpu")
     images, labels, _ = read_npz(digits60)
@@ -997,11 +999,13 @@ def test_extract_again(tmp_path, extract, capsys, digits60):
         error = [line for line in capsys.readouterr().err.splitlines() if " steps " not in line]
         assert len(error) == 1 and f"another {word}," in error[0] and "--resume never" in error[0]
     assert extract("--data", tmp_path / "others.npz", "--out", out) == 2 and "another data," in capsys.readouterr().err
+    (out / "shards").mkdir()
+    np.savez(out / "shards/000001.npz", moments=1)  # of a run that was killed
     assert extract("--data", tmp_path / "others.npz", "--out", out, "--resume", "never") == 0
     assert Latents(out).labels.tolist() == labels[::-1].tolist()
 
 
-def test_extract_mistakes(tmp_path, extract, capsys, digits60):
+def test_extract_mistakes(tmp_path, monkeypatch, extract, capsys, digits60):
     out, content = tmp_path / "out", digits60.read_bytes()
 
     def wrong(*argv):
@@ -1032,6 +1036,11 @@ def test_extract_mistakes(tmp_path, extract, capsys, digits60):
     assert not out.exists()
     (tmp_path / "file").write_text("")
     assert "cannot write" in wrong("--data", digits60, "--out", tmp_path / "file" / "sub")
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=2 * 60 * 1024 - 1))
+    assert "no room" in wrong("--data", digits60)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=2 * 60 * 1024))
+    assert extract("--data", digits60, "--out", out) == 0
 
 
 def test_extract_disk_full_midway(tmp_path, monkeypatch, extract, capsys, digits60):
