@@ -106,10 +106,8 @@ class Downsample(nn.Module):
 
 class Upsample(nn.Module):
     """A 3x3 convolution of the image with every pixel doubled, conv(F.interpolate(x, scale_factor=2)); 4/9 of the work.
-
     Two of a kernel's three rows see the same pixels: the last two where the output's row is even, the first two where
-    it is odd. Their weights are added beforehand, which leaves one 2x2 convolution per parity.
-    """
+    it is odd. Their weights are added beforehand, which leaves one 2x2 convolution per parity."""
 
     def __init__(self, c):
         super().__init__()
@@ -440,10 +438,8 @@ class Latents:
 
     def read(self, places, pin=False):
         """Moments (B, 2C, H, W) float16; place `flips * row` is the image of that row, the next one its mirror image.
-
         The system hears of all rows before the first is copied, and fetches them from the disk at the same time. (By
-        madvise: 1 us per row in memory, and no chance at each row for other threads to keep Python for a while.)
-        """
+        madvise: 1 us per row in memory, and no chance at each row for other threads to keep Python for a while.)"""
         moments = self.moments.reshape(-1, *self.moments.shape[2:])
         size, page = moments[0].size * moments.itemsize, mmap.PAGESIZE
         if hasattr(mmap, "MADV_WILLNEED"):  # not on Windows
@@ -474,10 +470,8 @@ def epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
 
 class Batches:
     """batches(step) yields this rank's parts of the global batch of `step`: latents x, labels y, noise.
-
     The global batch is cut into world_size * accumulate parts, equal to within one row. Rows and noise follow from
-    (seed, step) and the place in the global batch, so they are the same for any number of ranks and any accumulation.
-    """
+    (seed, step) and the place in the global batch, so they are the same for any ranks and any accumulation."""
 
     AHEAD = 2  # parts that threads prepare during the loop
 

@@ -38,9 +38,7 @@ SILENT = lambda step, steps: None
 
 def guide(predict, x, t, y, null, scale, channels):
     """Classifier-free guidance: the prediction at y, its first `channels` pushed away from the prediction at `null`.
-
-    DiT and SiT guide 3 of 4 latent channels, as their releases do; the fourth, and the variances, stay as predicted.
-    """
+    DiT and SiT guide 3 of 4 latent channels, as their releases do; the fourth, and the variances, stay as predicted."""
     if scale == 1:
         return predict(x, t, y).float()  # the sampler's arithmetic is float32
     out = predict(torch.cat([x, x]), torch.cat([t, t]), torch.cat([y, torch.full_like(y, null)]))
@@ -94,11 +92,9 @@ def score_of(velocity, x, t):  # on this path
 def integrate_sde(velocity, x, steps, draw, method="euler", diffusion_form="sigma", last_step="mean",
                   last_step_size=0.04, on_step=SILENT):
     """Reverse SDE from t = 0 (noise) to 1: dx = (v + w score) dt + sqrt(2 w) dW, Euler-Maruyama or Heun.
-
     steps grid points end at 1 - last_step_size; the last step, without noise, does the rest: "mean" follows the SDE's
     drift, "euler" the velocity, "tweedie" the posterior mean; "none" has no last step. One network call gives both v
-    and the score (the release calls it twice). SBDM is infinite at t = 0 and starts at 1e-3.
-    """
+    and the score (the release calls it twice). SBDM is infinite at t = 0 and starts at 1e-3."""
     if last_step == "none":  # Heun looks ahead to the last grid point, where the score is infinite
         last_step_size = 1e-3 if method == "heun" else 0.0
     weight = DIFFUSION_FORMS[diffusion_form]
@@ -128,10 +124,8 @@ def integrate_sde(velocity, x, steps, draw, method="euler", diffusion_form="sigm
 
 def integrate_ode(velocity, x, steps, method, on_step=SILENT, atol=1e-6, rtol=1e-3):
     """dx/dt = velocity(x, t) from t = 0 to 1: Euler or Heun on `steps` grid points, or dopri5 in steps of its own.
-
     dopri5 is scipy's RK45: the pair of Dormand & Prince, as in the release. It holds the state on the host: from a GPU
-    it travels at each call. A batch shares its steps: an image depends on its companions, to within the tolerances.
-    """
+    it travels at each call. A batch shares its steps: an image depends on its companions, to within the tolerances."""
     call = lambda x, t: velocity(x, torch.full((len(x),), float(t), device=x.device))
 
     def slope(t, state):
