@@ -327,8 +327,9 @@ def main():
         print(", ".join(f"{k} {v}" for k, v in facts.items()), flush=True)
     torch.backends.cuda.matmul.allow_tf32 = True  # as the DiT release samples; no effect on the CPU
     freeze_linear(net.requires_grad_(False), dtype)
-    if args.compile:  # frozen weights are constants, laid out for the kernels that read them
-        net = torch.compile(net, dynamic=False, options={"freezing": True})
+    if args.compile:
+        torch._inductor.config.freezing = True  # the weights are constants, laid out for the kernels that read them
+        net = torch.compile(net, dynamic=False)
 
     part, started, total = args.out / PART.format(rank()), time.time(), args.num_images
     write_whole(part, Path.touch)  # a folder that cannot be written is noticed before the work
