@@ -4,10 +4,9 @@
     torchrun --nproc_per_node=8 sample.py --ckpt out/distill/student.pt --num-images 50000 --guidance 1.5
     python sample.py --ckpt out/distill/student.pt --export shallow.safetensors
 
-Image i has class i modulo the number of classes. Its noise comes from block i // 16 of the seed's stream, so the same
-seed starts image i from the same noise on any number of ranks and in any batch size; the pixels then agree up to
-rounding. Writes to --out, which all ranks must see: samples.npz (arr_0 uint8 (N, H, W, 3), arr_1 labels (N,)),
-samples.json (model, depth, parameters, settings, images/s) and grid.png, one row per class.
+Image i has class i modulo the number of classes, and noise from block i // 16 of the seed's stream: it is the same, up
+to rounding, on any number of ranks and in any batch size. Writes to --out, which all ranks must see: samples.npz (arr_0
+uint8 (N, H, W, 3), arr_1 labels (N,)), samples.json (model, depth, settings, images/s) and grid.png, one row per class.
 Read: the Gaussian process (ddpm, ddim); the interpolant (sde-*, ode-*); masked tokens (mar); files, flags, the run.
 """
 import json

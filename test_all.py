@@ -2587,7 +2587,7 @@ def test_the_grid_has_a_row_per_class():
     ("--sampler ode-heun", "samplers ddpm, ddim"),
     ("--steps 1", "2 to 1000"),
     ("--steps 0", "'0' is not a whole number of at least 1"),
-    ("--steps ddim0", "no stride"),
+    ("--steps ddim0", "give 2 to 1000"),
     ("--steps ten", "'ten' is not a whole number"),
     ("--num-images 0", "of at least 1"),
     ("--guidance nan", "'nan' is not a number of at least 0"),
