@@ -288,7 +288,7 @@ def space_picture(steps=100):
 
 
 def length_picture():
-    """How long a recovery must be until the choice of layers no longer shows."""
+    """What a longer recovery makes of a good cut and of a bad one."""
     loss, grid = losses("dit-tiny", "6:12"), losses("dit-tiny", "6:12", 2)
     fd, order = whole_space(100), sorted(loss, key=loss.get)
     curves = [("highest FD of 1:2", max(fd, key=fd.get), GREY), ("median loss of all 924", "1 3 4 7 9 10", ORANGE),
@@ -297,14 +297,17 @@ def length_picture():
     at = lambda kept: [(s, v[0]) for s in (25, 100, 400, 800) if (v := recovered("dit-tiny", kept, s, seeds=[0]))]
     points = {text: at(kept) for text, kept, _ in curves}
     values = [v for line in points.values() for _, v in line]
-    chart = Chart("The longer the recovery, the less the choice matters",
-                  "dit-tiny, 12 layers -> 6, masked-kd; each point is a run of its own",
+    chart = Chart("What a longer recovery makes of a cut",
+                  "dit-tiny, 12 layers -> 6, masked-kd; each dot is a run of its own, each small square a step of the last one",
                   "steps of recovery (logarithmic)", "Frechet distance after recovery (logarithmic)", (20, 1000),
                   (min(values) * 0.8, max(values) * 1.2), (25, 50, 100, 200, 400, 800))
     for text, _, colour in curves:
         chart.draw.line([(chart.x(s), chart.y(v)) for s, v in points[text]], fill=colour, width=3)
         for s, v in points[text]:
             chart.dot(s, v, colour)
+    for row in [row for row in rows("recovery") if "at" in row and row["mode"] == "masked-kd"]:
+        for s, v in row["at"].items():
+            chart.dot(int(s), v, RED, r=4, shape="rectangle")
     chart.legend([(colour, f"{text}: {kept}") for text, kept, colour in curves], W - 480, TOP + 22)
     chart.image.save(ROOT / "docs" / "length.png", optimize=True)
 
