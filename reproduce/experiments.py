@@ -24,10 +24,11 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "reproduce")]
 RESULTS, OUT = ROOT / "docs" / "results", ROOT / "out" / "experiments"
 FILES = {  # kind: (the fields that name a cell, how it was made)
-    "losses": ("model scheme", "diffusion loss right after the cut, on 256 fixed draws, of every cut of the scheme"),
+    "losses": ("model scheme", "diffusion loss right after the cut, of every cut of the scheme, on 256 fixed draws "
+               "(draws: on so many of another seed)"),
     "choice": ("model criterion scheme delta_w seed",
                "seed: of the search, whose recipe is 250 steps of 64; loss: right after the cut; seconds: of the "
-               "choice, on a shared machine"),
+               "choice, on a shared machine; draws: the choice was made on losses of so many draws of another seed"),
     "recovery": ("model kept mode steps lr sigma seed",
                  "seed: of the recovery, batch 64, lr 1e-3, EMA 0.999; fd: Fréchet distance of 500 samples, seed 0, "
                  "on the digit classifier's features (DiT: ddim, 20 steps, guidance 1.5; SiT: ode-euler, 20 grid "

@@ -298,7 +298,7 @@ def length_picture():
     points = {text: at(kept) for text, kept, _ in curves}
     values = [v for line in points.values() for _, v in line]
     chart = Chart("What a longer recovery makes of a cut",
-                  "dit-tiny, 12 layers -> 6, masked-kd; each dot is a run of its own, each small square a step of the last one",
+                  "dit-tiny, 12 -> 6, masked-kd; a dot is a run of its own, a square is a step of the run of 800",
                   "steps of recovery (logarithmic)", "Frechet distance after recovery (logarithmic)", (20, 1000),
                   (min(values) * 0.8, max(values) * 1.2), (25, 50, 100, 200, 400, 800))
     for text, _, colour in curves:
