@@ -107,10 +107,8 @@ class Downsample(nn.Module):
 
 class Upsample(nn.Module):
     """A 3x3 convolution of the image with every pixel doubled, conv(F.interpolate(x, scale_factor=2)); 4/9 of the work.
-
     Two of a kernel's three rows see the same pixels: the last two where the output's row is even, the first two where
-    it is odd. Their weights are added beforehand, which leaves one 2x2 convolution per parity.
-    """
+    it is odd. Their weights are added beforehand, which leaves one 2x2 convolution per parity."""
 
     def __init__(self, c):
         super().__init__()
@@ -440,10 +438,8 @@ class Latents:
 
     def read(self, places, pin=False):
         """Moments (B, 2C, H, W) float16; place `flips * row` is the image of that row, the next one its mirror image.
-
         If the last read took longer than from memory, the system hears of all rows before the first is copied, and
-        fetches them from the disk together. (By madvise: a read per row would let other threads keep Python each time.)
-        """
+        fetches them from the disk together. (By madvise: a read per row would let other threads keep Python each time.)"""
         moments, start = self.moments.reshape(-1, *self.moments.shape[2:]), time.perf_counter()
         size, page = moments[0].size * moments.itemsize, mmap.PAGESIZE
         if self.from_disk and hasattr(mmap, "MADV_WILLNEED"):  # Windows has none
@@ -475,17 +471,15 @@ def epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
 
 class Batches:
     """batches(step) yields this rank's parts of the global batch of `step`: latents x, labels y, noise.
-
     The global batch is cut into world_size * accumulate parts, equal to within one row. Rows and noise follow from
-    (seed, step) and the place in the global batch, so they are the same for any number of ranks and any accumulation.
-    """
+    (seed, step) and the place in the global batch, so they are the same for any ranks and any accumulation."""
 
     AHEAD = 2  # parts that threads prepare during the loop
 
     def __init__(self, latents, batch_size, accumulate, seed, device):
         self.cuts = world_size() * accumulate
         if not self.cuts <= batch_size <= len(latents):
-            raise UserError(f"--batch-size {batch_size}: give {self.cuts} (ranks x accumulate) to {len(latents)} images")
+            raise UserError(f"--batch-size {batch_size}: give {self.cuts} (the parts) to {len(latents)} (the images)")
         self.latents, self.batch_size, self.accumulate, self.seed = latents, batch_size, accumulate, seed
         self.device, self.steps_per_epoch = torch.device(device), len(latents) // batch_size
         self.threads, self.coming = concurrent.futures.ThreadPoolExecutor(self.AHEAD), {}

@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 from table import facts_of
 
 COLOURS = ["#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#444444"]
-TITLES = {"fid": "Frechet distance", "images_per_s": "images/s"}
+TITLES = {"fid": "Fréchet distance", "images_per_s": "images/s", "depth": "layers"}
 
 class Axes:
     """A white picture with a title, two named axes with ticks, and places for numbers. log: y is logarithmic."""
@@ -91,7 +91,7 @@ def main():
         curve = [least + (x0 - least) * i / 40 for i in range(41)]
         series["in proportion to 1 / x"] = [(x, y0 * x0 / x) for x in curve]
     places = [point for points in series.values() for point in points]
-    axes = Axes(args.title, args.x, TITLES.get(args.y, args.y), *zip(*places))
+    axes = Axes(args.title, TITLES.get(args.x, args.x), TITLES.get(args.y, args.y), *zip(*places))
     for (name, points), colour in zip(series.items(), COLOURS):
         axes.line(sorted(points), colour, dots=len(points) < 40)
     axes.legend(series, COLOURS)
