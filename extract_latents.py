@@ -29,6 +29,7 @@ import os
 import re
 import shutil
 import sys
+import time
 import zlib
 from collections import OrderedDict
 from itertools import repeat, zip_longest
@@ -209,9 +210,9 @@ RENAMED = (
     (".mid.block_1.", ".mid_block.resnets.0."), (".mid.block_2.", ".mid_block.resnets.1."),
     (".mid.attn_1.", ".mid_block.attentions.0."), (".downsample.", ".downsamplers.0."),
     (".upsample.", ".upsamplers.0."), (".nin_shortcut.", ".conv_shortcut."), (".norm_out.", ".conv_norm_out."))
-IN_ATTENTION = (
-    (".norm.", ".group_norm."), (".q.", ".to_q."), (".k.", ".to_k."), (".v.", ".to_v."), (".proj_out.", ".to_out.0."),
-    (".query.", ".to_q."), (".key.", ".to_k."), (".value.", ".to_v."), (".proj_attn.", ".to_out.0."))
+IN_ATTENTION = ((".norm.", ".group_norm."), (".q.", ".to_q."), (".k.", ".to_k."), (".v.", ".to_v."),
+                (".query.", ".to_q."), (".key.", ".to_k."), (".value.", ".to_v."),
+                (".proj_out.", ".to_out.0."), (".proj_attn.", ".to_out.0."))
 
 def rename_vae_keys(state: dict) -> dict:
     """Weights of the latent-diffusion code or of old diffusers -> ours. Attention's 1x1 convolutions become Linear."""
@@ -340,8 +341,7 @@ def extract(args):
         skipped = json.loads((out / "meta.json").read_text())["skipped"]
         print(f"{out} holds the latents of {len(labels) - len(skipped):,} images of {len(classes)} classes")
         if skipped:
-            print(f"warning: {len(skipped)} images could not be read and are left out; {out}/meta.json names them",
-                  file=sys.stderr)
+            print(f"warning: {len(skipped)} images could not be read; {out}/meta.json names them", file=sys.stderr)
 
 def missing_shards(out: Path, meta: dict, resume: str):
     """Starts or continues the folder `out`; -> numbers of the shards that are still to be made, None if complete."""
@@ -419,7 +419,7 @@ class Latents:
     """A complete folder of latents. Rows are numbered without the images that could not be read."""
 
     def __init__(self, directory):
-        directory = Path(directory)
+        directory, self.from_disk = Path(directory), True
         with reading(directory / "meta.json"):
             self.meta = json.loads((directory / "meta.json").read_text())
             self.shape, self.scale = tuple(self.meta["shape"]), self.meta["scale"]
@@ -438,15 +438,16 @@ class Latents:
 
     def read(self, places, pin=False):
         """Moments (B, 2C, H, W) float16; place `flips * row` is the image of that row, the next one its mirror image.
-        The system hears of all rows before the first is copied, and fetches them from the disk at the same time. (By
-        madvise: 1 us per row in memory, and no chance at each row for other threads to keep Python for a while.)"""
-        moments = self.moments.reshape(-1, *self.moments.shape[2:])
+        If the last read took longer than from memory, the system hears of all rows before the first is copied, and
+        fetches them from the disk together. (By madvise: a read per row would let other threads keep Python each time.)"""
+        moments, start = self.moments.reshape(-1, *self.moments.shape[2:]), time.perf_counter()
         size, page = moments[0].size * moments.itemsize, mmap.PAGESIZE
-        if hasattr(mmap, "MADV_WILLNEED"):  # not on Windows
+        if self.from_disk and hasattr(mmap, "MADV_WILLNEED"):  # Windows has none
             for first in ((self.moments.offset + places * size) // page * page).tolist():
                 self.moments.base.madvise(mmap.MADV_WILLNEED, first, size + page)
         out = torch.empty((len(places), *moments.shape[1:]), dtype=torch.float16, pin_memory=pin)
         np.take(moments, places, axis=0, out=out.numpy(), mode="clip")  # clip: numpy's unbuffered way
+        self.from_disk = time.perf_counter() - start > 5e-6 * len(places)
         return out
 
     def load(self, rows, noise, pin=False):
@@ -478,8 +479,7 @@ class Batches:
     def __init__(self, latents, batch_size, accumulate, seed, device):
         self.cuts = world_size() * accumulate
         if not self.cuts <= batch_size <= len(latents):
-            raise UserError(f"--batch-size {batch_size} does not lie between {self.cuts} (ranks x accumulation) and "
-                            f"{len(latents)} (images); give another")
+            raise UserError(f"--batch-size {batch_size}: give {self.cuts} (the parts) to {len(latents)} (the images)")
         self.latents, self.batch_size, self.accumulate, self.seed = latents, batch_size, accumulate, seed
         self.device, self.steps_per_epoch = torch.device(device), len(latents) // batch_size
         self.threads, self.coming = concurrent.futures.ThreadPoolExecutor(self.AHEAD), {}

@@ -1091,14 +1091,17 @@ def test_extract_reading_is_the_formula(tmp_path):
         assert torch.equal(torch.cat(parts), x)  # two ranks
 
 
-def test_extract_reads_every_place_of_large_rows(tmp_path):
+def test_extract_reads_every_place_of_large_rows(tmp_path, monkeypatch):
     """Rows that begin and end within pages, the first and the last among them."""
     directory = tmp_path / "latents"
     write_latents(directory, shape=[4, 7, 9])
     moments = np.arange(12 * 2 * 8 * 7 * 9, dtype=np.float16).reshape(12, 2, 8, 7, 9)
     np.save(directory / "moments.npy", moments)
-    places = np.random.default_rng(0).permutation(24)
-    assert np.array_equal(Latents(directory).read(places).numpy(), moments.reshape(24, 8, 7, 9)[places])
+    places, latents = np.random.default_rng(0).permutation(24), Latents(directory)
+    for tick in 1, 0, 1:  # seconds a read: from a disk, from memory, from a disk
+        monkeypatch.setattr(time, "perf_counter", itertools.count(0, tick).__next__)
+        assert np.array_equal(latents.read(places).numpy(), moments.reshape(24, 8, 7, 9)[places])
+        assert latents.from_disk == bool(tick)
 
 
 def test_extract_readers_refuse(tmp_path):
