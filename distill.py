@@ -33,12 +33,10 @@ from prune import (Run, adamw, add_training_arguments, draw_losses, ema_update, 
 
 def matched_layers(scheme, student: list, teacher: list) -> list:
     """Pairs (student layer, teacher layer) whose hidden states are compared, as in the release.
-
     scheme: the N:M groups by which the student was cut, or None; student, teacher: the layers in each list of blocks.
     In a uniform scheme, a student layer that closes a share of its group is matched to the teacher layer that closes
     the same share: at 1:2 and at 2:4, student i and teacher 2i + 1. In a mixed list, only the ends of groups are
-    matched. Where the scheme does not say (another teacher than the parent, or no scheme), it is by share of depth.
-    """
+    matched. Where the scheme does not say (another teacher than the parent, or no scheme), it is by share of depth."""
     scheme = [tuple(group) for group in scheme or []]
     if [sum(side) for side in zip(*scheme)] == [sum(student), sum(teacher)]:
         shares = lambda n, m: [(j, j * m // n) for j in range(1, n + 1) if j * m % n == 0]
@@ -67,10 +65,8 @@ class HiddenStates:
 
 def suppress_massive(h, k: float = 2.0):
     """Zeroes the elements of h (B, T, D) that lie k or more standard deviations from their sample's mean.
-
     A few activations of a transformer are 15 to 40 standard deviations large (the paper's figure 8): they alone would
-    make the loss.
-    """
+    make the loss."""
     h = h.float()
     with torch.no_grad():
         variance, mean = torch.var_mean(h, dim=(1, 2), keepdim=True)
@@ -90,9 +86,7 @@ ALPHA_KD = 0.9  # table 6; L_Diff gets the rest
 
 def recover(net, average, teacher, objective, batches, pairs: list, run, config: dict):
     """Trains net in place, and `average`, the moving average of its weights (EMA), with the loss of eq. 8.
-
-    teacher None: fine-tuning. pairs: of matched layers; none: no L_Rep.
-    """
+    teacher None: fine-tuning. pairs: of matched layers; none: no L_Rep."""
     args = run.args
     values, averages = list(net.parameters()), list(average.parameters())
     optimizer = adamw(dict(params=values, lr=args.lr))

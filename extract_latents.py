@@ -12,22 +12,24 @@ than a sample, so that each epoch draws fresh latents. A folder of latents holds
     labels.npy    (N,) int64, -1 where the image could not be read (`Latents` leaves such rows out)
     meta.json     VAE, scale, image size, class names, count; "complete" is false until the other two are there
 
-Ranks encode shards, some hundred images each, into files of their own, which rank 0 joins at the end. The shard, not
-the rank, decides which images are encoded together: so a run that was killed continues with the shards that are
-missing, on any number of ranks, and ends in the same bytes. The same command starts and continues. An image that
-cannot be read is named in a warning and in meta.json and left out; the exit code is 0 all the same, as another try
-(torchrun --max-restarts) would not help. With --strict it ends the run with exit code 2.
+Ranks encode shards, some hundred images each, into files of their own, which rank 0 joins at the end (for that moment
+they take twice the room). The shard, not the rank, decides which images are encoded together: so a run that was
+killed continues with the shards that are missing, on any number of ranks, and ends in the same bytes. The same command
+starts and continues. An image that cannot be read is named in a warning and in meta.json and left out; the exit code
+is 0 all the same, as another try (torchrun --max-restarts) would not help. With --strict it is 2, and the run ends.
 """
 import argparse
 import concurrent.futures
 import functools
 import hashlib
 import json
+import math
 import mmap
 import os
 import re
 import shutil
 import sys
+import time
 import zlib
 from collections import OrderedDict
 from itertools import repeat, zip_longest
@@ -64,11 +66,6 @@ VAES = {
                                               "?rlkey=l44xipsezc8atcffdp4q7mwmh&dl=1")),
 }
 
-def norm_silu(norm, x):
-    """silu(norm(x)), in place where no gradient is wanted: a tenth of the encoder's time was new memory."""
-    h = norm(x)
-    return F.silu(h, inplace=not h.requires_grad)
-
 class ResnetBlock(nn.Module):
     """Two 3x3 convolutions after GroupNorm and SiLU, around a shortcut."""
 
@@ -82,8 +79,8 @@ class ResnetBlock(nn.Module):
             self.conv_shortcut = nn.Conv2d(c_in, c_out, 1)
 
     def forward(self, x):  # (B, c_in, H, W) -> (B, c_out, H, W)
-        h = self.conv1(norm_silu(self.norm1, x))
-        h = self.conv2(norm_silu(self.norm2, h))
+        h = self.conv1(F.silu(self.norm1(x), inplace=True))  # new memory was a tenth of the encoder's time
+        h = self.conv2(F.silu(self.norm2(h), inplace=True))
         return h.add_(self.conv_shortcut(x) if hasattr(self, "conv_shortcut") else x)
 
 class AttentionBlock(nn.Module):
@@ -110,10 +107,8 @@ class Downsample(nn.Module):
 
 class Upsample(nn.Module):
     """A 3x3 convolution of the image with every pixel doubled, conv(F.interpolate(x, scale_factor=2)); 4/9 of the work.
-
     Two of a kernel's three rows see the same pixels: the last two where the output's row is even, the first two where
-    it is odd. Their weights are added beforehand, which leaves one 2x2 convolution per parity.
-    """
+    it is odd. Their weights are added beforehand, which leaves one 2x2 convolution per parity."""
 
     def __init__(self, c):
         super().__init__()
@@ -156,7 +151,7 @@ def encoder(channels, layers, latent, groups, image_channels, encoder_attention=
             for i, c in enumerate(channels)]),
         mid_block=Level(channels[-1], channels[-1], 2, groups, attentions=1),
         conv_norm_out=nn.GroupNorm(groups, channels[-1], eps=1e-6),
-        silu=nn.SiLU(),
+        silu=nn.SiLU(inplace=True),
         conv_out=nn.Conv2d(channels[-1], 2 * latent, 3, padding=1)))
 
 def decoder(channels, layers, latent, groups, image_channels, **_):
@@ -168,7 +163,7 @@ def decoder(channels, layers, latent, groups, image_channels, **_):
         up_blocks=nn.Sequential(*[
             Level(channels[max(i - 1, 0)], c, layers + 1, groups, up=i < last) for i, c in enumerate(channels)]),
         conv_norm_out=nn.GroupNorm(groups, channels[-1], eps=1e-6),
-        silu=nn.SiLU(),
+        silu=nn.SiLU(inplace=True),
         conv_out=nn.Conv2d(channels[-1], image_channels, 3, padding=1)))
 
 class AutoencoderKL(nn.Module):
@@ -215,9 +210,9 @@ RENAMED = (
     (".mid.block_1.", ".mid_block.resnets.0."), (".mid.block_2.", ".mid_block.resnets.1."),
     (".mid.attn_1.", ".mid_block.attentions.0."), (".downsample.", ".downsamplers.0."),
     (".upsample.", ".upsamplers.0."), (".nin_shortcut.", ".conv_shortcut."), (".norm_out.", ".conv_norm_out."))
-IN_ATTENTION = (
-    (".norm.", ".group_norm."), (".q.", ".to_q."), (".k.", ".to_k."), (".v.", ".to_v."), (".proj_out.", ".to_out.0."),
-    (".query.", ".to_q."), (".key.", ".to_k."), (".value.", ".to_v."), (".proj_attn.", ".to_out.0."))
+IN_ATTENTION = ((".norm.", ".group_norm."), (".q.", ".to_q."), (".k.", ".to_k."), (".v.", ".to_v."),
+                (".query.", ".to_q."), (".key.", ".to_k."), (".value.", ".to_v."),
+                (".proj_out.", ".to_out.0."), (".proj_attn.", ".to_out.0."))
 
 def rename_vae_keys(state: dict) -> dict:
     """Weights of the latent-diffusion code or of old diffusers -> ours. Attention's 1x1 convolutions become Linear."""
@@ -346,8 +341,7 @@ def extract(args):
         skipped = json.loads((out / "meta.json").read_text())["skipped"]
         print(f"{out} holds the latents of {len(labels) - len(skipped):,} images of {len(classes)} classes")
         if skipped:
-            print(f"warning: {len(skipped)} images could not be read and are left out; {out}/meta.json names them",
-                  file=sys.stderr)
+            print(f"warning: {len(skipped)} images could not be read; {out}/meta.json names them", file=sys.stderr)
 
 def missing_shards(out: Path, meta: dict, resume: str):
     """Starts or continues the folder `out`; -> numbers of the shards that are still to be made, None if complete."""
@@ -364,7 +358,11 @@ def missing_shards(out: Path, meta: dict, resume: str):
     else:
         shutil.rmtree(out / "shards", ignore_errors=True)
         write_whole(file, lambda path: path.write_text(json.dumps(meta | dict(complete=False))))
-    return [i for i in range(-(-meta["count"] // meta["shard"])) if not (out / f"shards/{i:06}.npz").exists()]
+    missing = [i for i in range(-(-meta["count"] // meta["shard"])) if not (out / f"shards/{i:06}.npz").exists()]
+    need = (len(missing) * meta["shard"] + meta["count"]) * meta["flips"] * 4 * math.prod(meta["shape"])  # bytes
+    if need > shutil.disk_usage(out).free:
+        raise UserError(f"the disk of {out} has no room for {need / 1e9:.1f} GB of shards and moments.npy; make room")
+    return missing
 
 def write_shards(vae, images, labels, shards: list, out: Path, meta: dict, args):
     """This rank's shards: images -> pixels, by threads, one shard ahead -> moments -> shards/000007.npz."""
@@ -421,7 +419,7 @@ class Latents:
     """A complete folder of latents. Rows are numbered without the images that could not be read."""
 
     def __init__(self, directory):
-        directory = Path(directory)
+        directory, self.from_disk = Path(directory), True
         with reading(directory / "meta.json"):
             self.meta = json.loads((directory / "meta.json").read_text())
             self.shape, self.scale = tuple(self.meta["shape"]), self.meta["scale"]
@@ -440,17 +438,16 @@ class Latents:
 
     def read(self, places, pin=False):
         """Moments (B, 2C, H, W) float16; place `flips * row` is the image of that row, the next one its mirror image.
-
-        The system hears of all rows before the first is copied, and fetches them from the disk at the same time. (By
-        madvise: 1 us per row in memory, and no chance at each row for other threads to keep Python for a while.)
-        """
-        moments = self.moments.reshape(-1, *self.moments.shape[2:])
+        If the last read took longer than from memory, the system hears of all rows before the first is copied, and
+        fetches them from the disk together. (By madvise: a read per row would let other threads keep Python each time.)"""
+        moments, start = self.moments.reshape(-1, *self.moments.shape[2:]), time.perf_counter()
         size, page = moments[0].size * moments.itemsize, mmap.PAGESIZE
-        if hasattr(mmap, "MADV_WILLNEED"):  # not on Windows
+        if self.from_disk and hasattr(mmap, "MADV_WILLNEED"):  # Windows has none
             for first in ((self.moments.offset + places * size) // page * page).tolist():
                 self.moments.base.madvise(mmap.MADV_WILLNEED, first, size + page)
         out = torch.empty((len(places), *moments.shape[1:]), dtype=torch.float16, pin_memory=pin)
         np.take(moments, places, axis=0, out=out.numpy(), mode="clip")  # clip: numpy's unbuffered way
+        self.from_disk = time.perf_counter() - start > 5e-6 * len(places)
         return out
 
     def load(self, rows, noise, pin=False):
@@ -474,18 +471,15 @@ def epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
 
 class Batches:
     """batches(step) yields this rank's parts of the global batch of `step`: latents x, labels y, noise.
-
     The global batch is cut into world_size * accumulate parts, equal to within one row. Rows and noise follow from
-    (seed, step) and the place in the global batch, so they are the same for any number of ranks and any accumulation.
-    """
+    (seed, step) and the place in the global batch, so they are the same for any ranks and any accumulation."""
 
     AHEAD = 2  # parts that threads prepare during the loop
 
     def __init__(self, latents, batch_size, accumulate, seed, device):
         self.cuts = world_size() * accumulate
         if not self.cuts <= batch_size <= len(latents):
-            raise UserError(f"--batch-size {batch_size} does not lie between {self.cuts} (ranks x accumulation) and "
-                            f"{len(latents)} (images); give another")
+            raise UserError(f"--batch-size {batch_size}: give {self.cuts} (the parts) to {len(latents)} (the images)")
         self.latents, self.batch_size, self.accumulate, self.seed = latents, batch_size, accumulate, seed
         self.device, self.steps_per_epoch = torch.device(device), len(latents) // batch_size
         self.threads, self.coming = concurrent.futures.ThreadPoolExecutor(self.AHEAD), {}

@@ -312,7 +312,7 @@ def open_npz(path):
         ready = {name: file[name] for pair in pairs for name in pair}
         labels = file["arr_1"] if "arr_1" in names else None
     for mu, sigma in pairs:
-        if ready[sigma].shape != 2 * ready[mu].shape or not np.isfinite(ready[sigma]).all():
+        if ready[sigma].shape != 2 * ready[mu].shape or not np.isfinite(ready[mu].sum() + ready[sigma].sum()):
             raise UserError(f"{sigma} of {path}, {ready[sigma].shape}, is no covariance of its {mu}: write it again")
     if "arr_0" not in names and not ready:
         raise UserError(f"{path} holds {names}: it must hold images (arr_0) or statistics (mu, sigma)")
@@ -504,7 +504,7 @@ def main():
     add("--ref", default="digits", metavar="NAME|PATH",
         help=f"{', '.join(REFS)} (ImageNet's are downloaded once), or a path as above (default: %(default)s)")
     add = parser.add_argument_group("how it is measured").add_argument
-    add("--features", choices=NETWORKS, help="(default: inception for over 64 pixels or its statistics, else digits)")
+    add("--features", choices=NETWORKS, help="feature network (default: inception above 64 pixels, else digits)")
     add("--ckpt", metavar="FILE", help="its weights (default: the standard ones, Inception's downloaded once)")
     add("--no-pr", action="store_true", help="no precision and recall: keeps no features, so any number of images fits")
     add("--no-cache", action="store_true", help="neither read nor write NAME.fid-FEATURES.npz next to the inputs")
@@ -630,7 +630,7 @@ def run_main(main):
         main()
     except UserError as error:
         time.sleep(2 if int(os.environ.get("RANK", 0)) else 0)  # most are found by all: rank 0 says it first
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        print("error:", *str(error).split(), file=sys.stderr, flush=True)
         sys.exit(2)
     if dist.is_initialized():
         dist.barrier()  # a rank that leaves while others still talk to it can make them crash

@@ -35,7 +35,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 
 from extract_latents import Batches, Latents, check_fit
 from model import (
@@ -81,8 +81,7 @@ def draw_masks(logits, candidates, gumbel, tau, scaling=100.0):
     -> masks (..., B, M), choice (..., B); the leading dimensions are groups.
 
     The masks are 0 or 1; their gradient is that of the softmax (straight-through). `scaling` is what makes a learning
-    rate of 1e-3 move the logits from exploration to a decision within an epoch.
-    """
+    rate of 1e-3 move the logits from exploration to a decision within an epoch."""
     soft = F.softmax((logits.unsqueeze(-2) * scaling + gumbel) / tau, dim=-1)  # (..., B, K)
     choice = soft.argmax(dim=-1)
     hard = F.one_hot(choice, logits.shape[-1]).to(soft.dtype)
@@ -90,10 +89,8 @@ def draw_masks(logits, candidates, gumbel, tau, scaling=100.0):
 
 class LayerMasks(nn.Module):
     """The distribution over masks: a logit for each candidate of each group (G, K), and the logits' moving average.
-
     Groups of unlike size are padded to the largest: to K candidates, which `padding` keeps from being drawn, and to M
-    places, of which `places` names those that are layers.
-    """
+    places, of which `places` names those that are layers."""
 
     def __init__(self, scheme: list, device):
         super().__init__()
@@ -148,10 +145,8 @@ class DenseMaskedLayer(nn.Module):
 
 class MaskedLayer(DenseMaskedLayer):
     """The same output and gradients for less work.
-
     Where m is 0 the gradient of the block's weights is exactly zero, and block(x) is needed only for the gradient of m:
-    those samples go through the block without autograd, a third less work at 1:2.
-    """
+    those samples go through the block without autograd, a third less work at 1:2."""
 
     def forward(self, x, *conditions):
         on, off = self.order[: self.count], self.order[self.count :]
@@ -184,8 +179,7 @@ class LoRALinear(nn.Module):
 def add_delta_w(net, kind: str, r: int) -> list:
     """Makes dW trainable, all else frozen: "lora" on every Linear, "full" for all weights, "frozen" for none.
 
-    -> its parameters.
-    """
+    -> its parameters."""
     net.requires_grad_(kind == "full")
     if kind == "lora":
         for module in list(net.modules()):
@@ -199,10 +193,8 @@ def add_delta_w(net, kind: str, r: int) -> list:
 
 def learned(net, objective, batches, scheme, run) -> list:
     """TinyFusion's criterion: logits (lr 1e-3) and dW (lr 1e-4) trained together, tau from 4 to 0.1, as in its release.
-
     No teacher takes part: the loss is the family's own. The network stays in eval mode: MAR's dropout (the paper says
-    nothing of it) would add noise to the comparison of the masks.
-    """
+    nothing of it) would add noise to the comparison of the masks."""
     torch.manual_seed(mix(run.args.seed, 2))  # LoRA's A
     delta = add_delta_w(net, run.args.delta_w, run.args.lora_rank)
     run.prepare(net)
@@ -300,9 +292,7 @@ def sensitivity(net, objective, batches, scheme, run) -> list:
 
 def oracle(net, objective, batches, scheme, run) -> list:
     """BK-SDM (Kim et al. 2023): in each list of layers keep the first, the last, and evenly spread ones between.
-
-    It spreads N over a whole list, whatever the groups: at 1:2 that is one of each pair all the same.
-    """
+    It spreads N over a whole list, whatever the groups: at 1:2 that is one of each pair all the same."""
     kept, first = [], 0
     for depth in net.depths():
         count = sum(n for start, n, _ in groups_of(scheme) if first <= start < first + depth)
@@ -313,9 +303,7 @@ def oracle(net, objective, batches, scheme, run) -> list:
 @torch.no_grad()
 def probe(net, objective, batches, scheme, run) -> list:
     """PPCL (Ma et al. 2025, arXiv 2511.16156): each group loses the span of layers that a linear map replaces best.
-
-    A least-squares map A from the span's input x to its output y leaves the share |y - A x|^2 / |y|^2 unexplained.
-    """
+    A least-squares map A from the span's input x to its output y leaves the share |y - A x|^2 / |y|^2 unexplained."""
     spans = [(a, a + m - n - 1) for first, n, m in groups_of(scheme) if n < m for a in range(first, first + n + 1)]
     if not spans:
         return list(range(sum(net.depths())))
@@ -446,25 +434,30 @@ def cut(args, scheme: list, kept: list, device):
     facts = dict(depth=net.depths(), kept=kept, scheme=[list(g) for g in scheme], granularity=args.granularity)
     return net, config | facts | dict(parent=args.ckpt or config["name"], criterion=args.criterion)
 
+def logged(out: Path, key: str) -> list:
+    """The lines of log.jsonl that hold `key`."""
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return [line for line in lines if key in line]
+
 def draw_decision(out: Path, scheme: list):
     """decision.png from log.jsonl: a row per layer, time to the right; a kept layer is as dark as it is certain."""
-    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    lines = [line for line in lines if "kept" in line]
+    lines = logged(out, "kept")
     if not lines:
         return (out / "decision.png").unlink(missing_ok=True)  # an earlier search's
-    depth, cell, left, top = sum(m for _, m in scheme), 22, 70, 34
+    depth, cell, left, top = sum(m for _, m in scheme), 22, 80, 34
     width = max(6, min(28, 840 // len(lines)))
-    W, H = max(left + width * len(lines) + 90, 580), top + cell * depth + 46
+    W, H = max(left + width * len(lines) + 100, 680), top + cell * depth + 46
     image = Image.new("RGB", (W, H), "white")
     draw = ImageDraw.Draw(image)
-    title = "layers that the search keeps, over its steps; as dark as a layer is certain to stay"
-    draw.text((left, 10), title, fill="black")
+    draw.font = ImageFont.load_default(14)
+    draw.text((left, 10), "layers that the search keeps, over its steps; as dark as a layer is certain to stay",
+              fill="black")
     colours = [(31, 119, 180), (214, 39, 40), (44, 160, 44), (148, 103, 189)]
     group_of = [g for g, (_, m) in enumerate(scheme) for _ in range(m)]
     for i in range(depth):
         y, colour = top + cell * i, colours[group_of[i] % 4]
         if i and group_of[i] != group_of[i - 1]:
-            draw.line([(left - 60, y), (W - 20, y)], fill="#bbbbbb")
+            draw.line([(left - 70, y), (W - 20, y)], fill="#bbbbbb")
         draw.text((left - 8, y + cell / 2), f"layer {i}", fill="black", anchor="rm")
         for j, line in enumerate(lines):
             if i in line["kept"]:
@@ -620,9 +613,7 @@ class Run:
 
     def update(self, optimizer):
         """Sums the gradients over ranks, clips their norm to 1, and makes a step; the host waits for nothing here.
-
-        A gradient that is not finite leaves weights and moments as they are (AdamW's found_inf).
-        """
+        A gradient that is not finite leaves weights and moments as they are (AdamW's found_inf)."""
         self.gradients.finish()
         norm = nn.utils.clip_grad_norm_(self.parameters, 1.0)
         optimizer.found_inf = (~norm.isfinite()).float()
@@ -701,9 +692,7 @@ class Run:
 
     def find_checkpoint(self):
         """The checkpoint that --resume asks for, or None. Rank 0 looks, so that all ranks take the same one.
-
-        torchrun --max-restarts N means `auto`. (Its count of restarts is no guide: it stays when a node joins.)
-        """
+        torchrun --max-restarts N means `auto`. (Its count of restarts is no guide: it stays when a node joins.)"""
         wish = self.args.resume
         if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):
             if wish not in (None, "auto"):
@@ -759,12 +748,10 @@ def compiled(forward):
 
 class Gradients:
     """The gradients of all parameters, summed over ranks while the backward pass still runs.
-
     Each rank's loss is divided by the global batch, so the sum is the gradient of the global mean. Gradients are views
     of buckets of about 2^25 numbers, the last parameters first, since the backward pass reaches those first. A bucket
     leaves when it is complete and all before it have left: in the same order on every rank, also where a rank has no
-    gradient for a layer that its samples skip. (torch's DDP would search the graph for those at every step.)
-    """
+    gradient for a layer that its samples skip. (torch's DDP would search the graph for those at every step.)"""
 
     def __init__(self, parameters: list, parts: int, size: int = 2**25):
         self.parts, self.part, groups, room = parts, 0, [], 0
@@ -823,34 +810,28 @@ def ema_update(averages: list, values: list, decay: float, step: int):
 
 def draw_losses(out: Path):
     """loss.png from log.jsonl: each logged loss over the steps, on a logarithmic axis."""
-    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    lines = [line for line in lines if "loss" in line]
+    lines = logged(out, "loss")
     if not lines:
         return (out / "loss.png").unlink(missing_ok=True)  # an earlier run's
-    names = [k for k in ("loss", "diffusion", "kd", "rep") if k in lines[-1]]
     colours = dict(loss="#222222", diffusion="#1f77b4", kd="#d62728", rep="#2ca02c")
-    W, H, left, right, top, bottom = 900, 480, 80, 20, 40, 50
+    names = [k for k in colours if k in lines[-1]]
+    values = np.array([[line[k] for k in names] for line in lines], float)
+    values = np.where(np.isfinite(values), values, 1.0).clip(1e-12)
+    W, H, left, right, top, bottom, last = 900, 480, 80, 20, 40, 50, lines[-1]["step"]
+    low, high = np.log(values.min()) - 0.07, np.log(values.max()) + 0.07
+    x_of = lambda step: left + (W - left - right) * step / last
+    y_of = lambda v: top + (H - top - bottom) * (high - np.log(v)) / (high - low)
     image = Image.new("RGB", (W, H), "white")
     draw = ImageDraw.Draw(image)
-    values = np.array([[max(line[k], 1e-12) for k in names] for line in lines], float)
-    values = np.where(np.isfinite(values), values, 1.0)
-    low, high = np.log10(values.min()) - 0.03, np.log10(values.max()) + 0.03
-    xs = [left + (W - left - right) * line["step"] / lines[-1]["step"] for line in lines]
-    y_of = lambda v: top + (H - top - bottom) * (high - np.log10(v)) / (high - low)
-    steps = (1, 2, 5) if high - low < 2 else (1,)
-    ticks = [m * 10.0**e for e in range(math.floor(low), math.ceil(high) + 1) for m in steps]
-    if sum(low <= math.log10(v) <= high for v in ticks) < 2:
-        ticks = np.linspace(10**low, 10**high, 5)
-    for v in ticks:
-        if low <= math.log10(v) <= high:
-            draw.line([(left, y_of(v)), (W - right, y_of(v))], fill="#dddddd")
-            draw.text((left - 8, y_of(v)), f"{v:.3g}", fill="black", anchor="rm")
-    for share in (0, 0.25, 0.5, 0.75, 1):
-        place = (left + (W - left - right) * share, H - bottom + 8)
-        draw.text(place, f"{share * lines[-1]['step']:.0f}", fill="black", anchor="ma")
+    draw.font = ImageFont.load_default(14)
+    for v in np.geomspace(values.min(), values.max(), 6):
+        draw.line([(left, y_of(v)), (W - right, y_of(v))], fill="#dddddd")
+        draw.text((left - 8, y_of(v)), f"{v:.3g}", fill="black", anchor="rm")
+    for step in np.linspace(0, last, 5):
+        draw.text((x_of(step), H - bottom + 8), f"{step:.0f}", fill="black", anchor="ma")
     draw.text((W / 2, H - 18), "step", fill="black", anchor="ma")
     for j, name in enumerate(names):
-        points = list(zip(xs, [y_of(v) for v in values[:, j]]))
+        points = [(x_of(line["step"]), y_of(v)) for line, v in zip(lines, values[:, j])]
         draw.line(points if len(points) > 1 else points * 2, fill=colours[name], width=2)
         draw.line([(left + 150 * j, 20), (left + 150 * j + 20, 20)], fill=colours[name], width=3)
         draw.text((left + 150 * j + 26, 20), f"{name} {values[-1, j]:.4g}", fill=colours[name], anchor="lm")

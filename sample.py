@@ -4,10 +4,9 @@
     torchrun --nproc_per_node=8 sample.py --ckpt out/distill/student.pt --num-images 50000 --guidance 1.5
     python sample.py --ckpt out/distill/student.pt --export shallow.safetensors
 
-Image i has class i modulo the number of classes. Its noise comes from block i // 16 of the seed's stream, so the same
-seed starts image i from the same noise on any number of ranks and in any batch size; the pixels then agree up to
-rounding. Writes to --out, which all ranks must see: samples.npz (arr_0 uint8 (N, H, W, 3), arr_1 labels (N,)),
-samples.json (model, depth, parameters, settings, images/s) and grid.png, one row per class.
+Image i has class i modulo the number of classes, and noise from block i // 16 of the seed's stream: it is the same, up
+to rounding, on any number of ranks and in any batch size. Writes to --out, which all ranks must see: samples.npz (arr_0
+uint8 (N, H, W, 3), arr_1 labels (N,)), samples.json (model, depth, settings, images/s) and grid.png, one row per class.
 Read: the Gaussian process (ddpm, ddim); the interpolant (sde-*, ode-*); masked tokens (mar); files, flags, the run.
 """
 import json
@@ -38,9 +37,7 @@ SILENT = lambda step, steps: None
 
 def guide(predict, x, t, y, null, scale, channels):
     """Classifier-free guidance: the prediction at y, its first `channels` pushed away from the prediction at `null`.
-
-    DiT and SiT guide 3 of 4 latent channels, as their releases do; the fourth, and the variances, stay as predicted.
-    """
+    DiT and SiT guide 3 of 4 latent channels, as their releases do; the fourth, and the variances, stay as predicted."""
     if scale == 1:
         return predict(x, t, y).float()  # the sampler's arithmetic is float32
     out = predict(torch.cat([x, x]), torch.cat([t, t]), torch.cat([y, torch.full_like(y, null)]))
@@ -94,11 +91,9 @@ def score_of(velocity, x, t):  # on this path
 def integrate_sde(velocity, x, steps, draw, method="euler", diffusion_form="sigma", last_step="mean",
                   last_step_size=0.04, on_step=SILENT):
     """Reverse SDE from t = 0 (noise) to 1: dx = (v + w score) dt + sqrt(2 w) dW, Euler-Maruyama or Heun.
-
     steps grid points end at 1 - last_step_size; the last step, without noise, does the rest: "mean" follows the SDE's
     drift, "euler" the velocity, "tweedie" the posterior mean; "none" has no last step. One network call gives both v
-    and the score (the release calls it twice). SBDM is infinite at t = 0 and starts at 1e-3.
-    """
+    and the score (the release calls it twice). SBDM is infinite at t = 0 and starts at 1e-3."""
     if last_step == "none":  # Heun looks ahead to the last grid point, where the score is infinite
         last_step_size = 1e-3 if method == "heun" else 0.0
     weight = DIFFUSION_FORMS[diffusion_form]
@@ -128,10 +123,8 @@ def integrate_sde(velocity, x, steps, draw, method="euler", diffusion_form="sigm
 
 def integrate_ode(velocity, x, steps, method, on_step=SILENT, atol=1e-6, rtol=1e-3):
     """dx/dt = velocity(x, t) from t = 0 to 1: Euler or Heun on `steps` grid points, or dopri5 in steps of its own.
-
     dopri5 is scipy's RK45: the pair of Dormand & Prince, as in the release. It holds the state on the host: from a GPU
-    it travels at each call. A batch shares its steps: an image depends on its companions, to within the tolerances.
-    """
+    it travels at each call. A batch shares its steps: an image depends on its companions, to within the tolerances."""
     call = lambda x, t: velocity(x, torch.full((len(x),), float(t), device=x.device))
 
     def slope(t, state):
@@ -333,8 +326,9 @@ def main():
         print(", ".join(f"{k} {v}" for k, v in facts.items()), flush=True)
     torch.backends.cuda.matmul.allow_tf32 = True  # as the DiT release samples; no effect on the CPU
     freeze_linear(net.requires_grad_(False), dtype)
-    if args.compile:  # frozen weights are constants, laid out for the kernels that read them
-        net = torch.compile(net, dynamic=False, options={"freezing": True})
+    if args.compile:
+        torch._inductor.config.freezing = True  # the weights are constants, laid out for the kernels that read them
+        net = torch.compile(net, dynamic=False)
 
     part, started, total = args.out / PART.format(rank()), time.time(), args.num_images
     write_whole(part, Path.touch)  # a folder that cannot be written is noticed before the work

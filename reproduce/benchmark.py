@@ -1,11 +1,11 @@
 """How fast this machine runs the stages: each line compares things that were timed in turn, within one run.
 
     python reproduce/benchmark.py                    # under 10 minutes on 2 CPU cores; writes out/benchmark.json
-    python reproduce/benchmark.py --only latents     # one part; --only list names them
+    python reproduce/benchmark.py --only latents     # one part
 
-Times are medians over rounds in which everything that a part compares has one turn each, so a busy machine slows all of it. The
-network is a DiT of width 384 and depth 12 on 256 tokens, with random weights (--model dit-xl on a GPU). bfloat16 is
-measured where it is native (--bf16: anyway). On CUDA the device is waited for, and peak memory is shown.
+Times are medians over rounds in which everything that a part compares has one turn each, so a busy machine slows all
+of it. The network is a DiT of width 384 and depth 12 on 256 tokens, with random weights (on a GPU: --model dit-xl).
+bfloat16 is measured where it is native (--bf16: anyway). On CUDA the device is waited for, and peak memory is shown.
 """
 import argparse
 import copy
@@ -40,6 +40,7 @@ class Timer:
     def __init__(self, args):
         self.args, self.device, self.rows = args, torch.device(args.device), []
         self.bf16 = args.bf16 or choose_dtype("auto", self.device) == torch.bfloat16
+        self.dtypes = (torch.float32, torch.bfloat16)[: 1 + self.bf16]
 
     def once(self, function) -> float:
         """Seconds of one call."""
@@ -70,7 +71,8 @@ class Timer:
         """ratio: how many times as fast as what stands beside it."""
         memory = getattr(self, "peak", {}).get(what)
         note = "; ".join(filter(None, [note, memory and f"peak {memory:.2f} GiB"]))
-        self.rows.append(dict(part=self.part, what=what, value=value, unit=unit, beside=beside, ratio=ratio, note=note))
+        facts = dict(part=self.part, what=what, value=value, unit=unit, beside=beside, ratio=ratio, note=note)
+        self.rows.append(facts)
         times = "" if ratio is None else f"{ratio:.2f} x"
         print(f"| {self.part} | {what} | {value:,.4g} {unit} | {times} | {beside} | {note} |", flush=True)
 
@@ -78,8 +80,8 @@ class Timer:
         """A row for each of medians' results, as multiples of the speed of the first."""
         first = first or next(iter(times))
         for what, seconds in times.items():
-            beside = "" if what == first else first
-            self.row(what, 1000 * seconds, "ms", beside, times[first] / seconds if beside else None, (note or {}).get(what, ""))
+            beside, ratio = ("", None) if what == first else (first, times[first] / seconds)
+            self.row(what, 1000 * seconds, "ms", beside, ratio, (note or {}).get(what, ""))
 
 def network(timer, depth=None, model=None):
     """Random weights, none of them zero: a fresh DiT's blocks are the identity."""
@@ -93,8 +95,9 @@ class Stepwise(prune.Run):
     """A run of a stage's own loop, in a thread of its own, that makes a step when it is called."""
 
     def __init__(self, stage, flags: str, body, timer):
-        sys.argv = [stage.__name__ + ".py", *flags.split(), "--out", tempfile.mkdtemp(dir=timer.folder), "--steps", "1000000",
-                    "--log-every", "1000000", "--batch-size", str(timer.args.batch_size), "--device", str(timer.device)]
+        flags += f" --out {tempfile.mkdtemp(dir=timer.folder)} --steps 1000000 --log-every 1000000"
+        flags += f" --batch-size {timer.args.batch_size} --device {timer.device}"
+        sys.argv = [f"{stage.__name__}.py", *flags.split()]
         args = stage.parse_arguments()
         recipe = dict(save_every=10**9, lr=1e-4, beta=1e-2, ema=0.999)
         prune.fill_defaults(args, {k: v for k, v in recipe.items() if hasattr(args, k)}, 1)
@@ -132,19 +135,21 @@ def fixed_batches(timer, net):
 def recovery(timer, flags: str) -> Stepwise:
     """distill.py's loop: half of the network taught by all of it."""
     def body(run):
-        teacher, net = network(timer).requires_grad_(False), network(timer)
+        teacher, net, pairs = None, network(timer), []
         net.keep_layers(range(1, sum(net.depths()), 2))
-        pairs = [(i, 2 * i + 1) for i in range(sum(net.depths()))] if run.args.mode == "masked-kd" else []
-        run.prepare(teacher)
-        teacher = None if run.args.mode == "finetune" else teacher
-        distill.recover(net.train(), copy.deepcopy(net), teacher, net.objective(), fixed_batches(timer, net), pairs, run, {})
+        if run.args.mode == "masked-kd":
+            teacher, pairs = network(timer).requires_grad_(False), [(i, 2 * i + 1) for i in range(sum(net.depths()))]
+            run.prepare(teacher)
+        average, batches = copy.deepcopy(net), fixed_batches(timer, net)
+        distill.recover(net.train(), average, teacher, net.objective(), batches, pairs, run, {})
     return Stepwise(distill, flags, body, timer)
 
 def search(timer, flags: str, layer=prune.MaskedLayer) -> Stepwise:
     """prune.py's loop, 1:2."""
     def body(run):
         net, prune.MaskedLayer = network(timer), layer
-        prune.learned(net, net.objective(), fixed_batches(timer, net), [(1, 2)] * (sum(net.depths()) // 2), run)
+        scheme = [(1, 2)] * (sum(net.depths()) // 2)
+        prune.learned(net, net.objective(), fixed_batches(timer, net), scheme, run)
     return Stepwise(prune, flags, body, timer)
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -153,8 +158,8 @@ def search(timer, flags: str, layer=prune.MaskedLayer) -> Stepwise:
 def peak(timer):
     """What the machine can do at best: a product of two square matrices."""
     n = 8192 if timer.device.type == "cuda" else 2048
-    matrices = {d: torch.randn(n, n, device=timer.device, dtype=d) for d in (torch.float32, torch.bfloat16)}
-    times = timer.medians({str(d)[6:]: lambda m=m: m @ m for d, m in matrices.items() if d == torch.float32 or timer.bf16})
+    matrices = {str(d)[6:]: torch.randn(n, n, device=timer.device, dtype=d) for d in timer.dtypes}
+    times = timer.medians({name: lambda m=m: m @ m for name, m in matrices.items()})
     timer.flops = {name: 2 * n**3 / seconds for name, seconds in times.items()}
     for name, flops in timer.flops.items():
         timer.row(f"{n} x {n} product, {name}", flops / 1e9, "GFLOP/s")
@@ -165,28 +170,30 @@ def sampling(timer):
     if not hasattr(timer, "flops"):
         peak(timer)
     batch, ways = timer.args.batch_size // 2, {}
-    for dtype in (torch.float32, torch.bfloat16)[: 1 + timer.bf16]:
-        for compiled in (False, True):
+    settings = dict(sampler="ddpm", steps=2, guidance=1.5, guidance_channels=3)
+    for dtype in timer.dtypes:
+        for compiled in ("", ", compiled"):
             net = network(timer).requires_grad_(False)
-            if dtype == torch.bfloat16:
-                freeze_linear(net, dtype)
-            y = torch.arange(batch, device=timer.device) % net.classes
-            run = torch.compile(net, dynamic=False, options={"freezing": True}) if compiled else net
-            ways[f"guided step of {batch}, {str(dtype)[6:]}{', compiled' if compiled else ''}"] = (net, run, y, dtype)
+            freeze_linear(net, dtype)
+            if compiled:
+                net = torch.compile(net, dynamic=False, options={"freezing": True})
+            ways[f"guided step of {batch}, {str(dtype)[6:]}{compiled}"] = net, dtype
 
-    def steps(net, run, y, dtype):
+    def two_steps(net, dtype):
+        y = torch.arange(batch, device=timer.device) % net.classes
         with autocast(timer.device, dtype):
-            SAMPLERS["ddpm"](run, y, RowNoise((0,), 0, batch, 16, timer.device), sampler="ddpm", steps=2, guidance=1.5, guidance_channels=3)
+            SAMPLERS["ddpm"](net, y, RowNoise((0,), 0, batch, 16, timer.device), **settings)
 
-    times = timer.medians({what: lambda way=way: steps(*way) for what, way in ways.items()})
-    work = 2 * 2 * batch * multiply_adds(net)
-    note = {what: f"{work / (s / 2) / timer.flops[str(ways[what][3])[6:]]:.0%} of the peak" for what, s in times.items()}
-    timer.compare({what: s / 2 for what, s in times.items()}, note=note)
+    times = timer.medians({what: lambda way=way: two_steps(*way) for what, way in ways.items()})
+    times, work = {what: seconds / 2 for what, seconds in times.items()}, 2 * 2 * batch * multiply_adds(network(timer))
+    share = lambda what: work / times[what] / timer.flops[str(ways[what][1])[6:]]
+    timer.compare(times, note={what: f"{share(what):.0%} of the peak" for what in times})
 
 def multiply_adds(net) -> int:
     """Of the blocks, for one image. The modulation's weights meet one token, all others meet every one."""
     tokens = (net.input_size // net.patch) ** 2
-    return sum(p.numel() * (1 if "adaLN" in k else tokens) for block in net.layers() for k, p in block.named_parameters())
+    named = [pair for block in net.layers() for pair in block.named_parameters()]
+    return sum(p.numel() * (1 if "adaLN" in name else tokens) for name, p in named)
 
 def forward(timer, layers=1):
     """A forward pass without gradients in float32: the unit of the two parts below."""
@@ -200,19 +207,21 @@ def forward(timer, layers=1):
 def distillation(timer):
     """Masked KD. A step can't take less than the teacher's forward pass and three of the student's."""
     exact = {"teacher's forward pass": forward(timer), "student's forward pass": forward(timer, layers=0.5)}
-    runs = {"masked-KD step, float32": recovery(timer, "--dtype float32"), "fine-tuning step": recovery(timer, "--dtype float32 --mode finetune")}
-    runs["masked-KD step, float32, compiled"] = recovery(timer, "--dtype float32 --compile")
-    if timer.bf16:
-        runs |= {f"masked-KD step, bfloat16{', compiled' if c else ''}": recovery(timer, f"--dtype bfloat16 {c}") for c in ("", "--compile")}
+    runs = {"fine-tuning step, float32": recovery(timer, "--dtype float32 --mode finetune")}
+    for dtype in timer.dtypes:
+        for compiled in ("", " --compile"):
+            what = f"masked-KD step, {str(dtype)[6:]}{compiled.replace(' --compile', ', compiled')}"
+            runs[what] = recovery(timer, f"--dtype {str(dtype)[6:]}{compiled}")
     times = timer.medians(exact | runs)
     whole, half = (times.pop(what) for what in exact)
-    times = {"teacher's forward + 3 x student's": whole + 3 * half} | times
-    timer.compare(times, note={"fine-tuning step": f"{times['fine-tuning step'] / (3 * half):.2f} times 3 x student's forward"})
+    least = {"3 x student's forward": 3 * half, "fine-tuning step, float32": times.pop("fine-tuning step, float32")}
+    timer.compare(least)
+    timer.compare({"teacher's forward + 3 x student's": whole + 3 * half} | times)
 
 def pruning(timer):
     """A search step at 1:2 can't take less than the forward pass of all layers and the backward pass of half of them.
 
-    A backward pass costs as much as a forward pass with LoRA, where weights need no gradient, and twice as much with full dW.
+    A backward pass costs as much as a forward pass with LoRA, where weights need no gradient, and twice that with full.
     """
     runs = {}
     for delta in ("lora", "full"):
@@ -230,8 +239,9 @@ def pruning(timer):
 def flags(timer):
     """What the training flags are worth: the time of a fine-tuning step, and what is kept for the backward pass."""
     ways = {"plain": "", "--checkpointing": "--checkpointing", "--compile": "--compile"}
-    ways |= {"--dtype bfloat16": ""} if timer.bf16 else {}
-    times = timer.medians({way: recovery(timer, f"--mode finetune {flag} --dtype {'bfloat16' if '16' in way else 'float32'}") for way, flag in ways.items()})
+    ways = {way: f"{flag} --dtype float32" for way, flag in ways.items()}
+    ways |= {"--dtype bfloat16": "--dtype bfloat16"} if timer.bf16 else {}
+    times = timer.medians({way: recovery(timer, f"--mode finetune {flag}") for way, flag in ways.items()})
     timer.compare(times, note={way: f"keeps {kept(timer, way):,.0f} MiB" for way in ways})
 
 def kept(timer, way) -> float:
@@ -247,21 +257,21 @@ def kept(timer, way) -> float:
         return t
 
     objective, (x, y, noise) = net.objective(), fixed_batches(timer, net)(0)[0]
-    batch = objective.draw(x, y, noise)
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t), autocast(timer.device, torch.bfloat16 if "16" in way else torch.float32):
-        out = objective.loss(objective.predict(net, batch), batch)
-    del out
+    batch, dtype = objective.draw(x, y, noise), torch.bfloat16 if "bfloat16" in way else torch.float32
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t), autocast(timer.device, dtype):
+        objective.loss(objective.predict(net, batch), batch)
     return sum(size for place, size in found.items() if place not in weights) / 2**20
 
 @torch.no_grad()
 def vae(timer):
-    """The SD VAE at 256 x 256, random weights: as loaded (channels last) and as a plain module; multiply-adds as in flops.py."""
+    """The SD VAE at 256 x 256, random weights: as a plain module, and as loaded (channels last)."""
     batch = 2 if timer.device.type == "cpu" else 32
     pixels = torch.randint(0, 256, (batch, 3, 256, 256), dtype=torch.uint8, device=timer.device)
     z = torch.randn(batch, 4, 32, 32, device=timer.device)
-    nets = {f"{form}{str(dtype)[6:]}": (dtype, layout) for dtype in (torch.float32, torch.bfloat16)[: 1 + timer.bf16]
-            for form, layout in (("contiguous, ", torch.contiguous_format), ("", torch.channels_last)) if dtype == torch.float32 or not form}
-    nets = {name: AutoencoderKL(SD, dtype).to(timer.device, memory_format=layout).eval() for name, (dtype, layout) in nets.items()}
+    forms = [("contiguous, float32", torch.float32, torch.contiguous_format)]
+    forms += [(str(dtype)[6:], dtype, torch.channels_last) for dtype in timer.dtypes]
+    load = lambda dtype, layout: AutoencoderKL(SD, dtype).to(timer.device, memory_format=layout).eval()
+    nets = {name: load(dtype, layout) for name, dtype, layout in forms}
     encode = {f"encode {batch}, {name}": lambda net=net: encode_pixels(net, pixels, 1) for name, net in nets.items()}
     decode = {f"decode {batch}, {name}": lambda net=net: net.decode(z) for name, net in nets.items()}
     for functions in (encode, decode):
@@ -271,15 +281,16 @@ def latents(timer):
     """Samples a second: one file for all (ours) and one file an image (the authors' release), in random order."""
     folder, (C, side), batch = Path(timer.folder), (4, 32), 256
     count, single = timer.args.latents_mib * 2**20 // (2 * 2 * C * side * side * 2), 8192
-    rng, noise = np.random.default_rng(0), np.random.default_rng(0).standard_normal((64, 2, 2 * C, side, side)).astype(np.float16)
+    rng = np.random.default_rng(0)
+    noise = rng.standard_normal((64, 2, 2 * C, side, side)).astype(np.float16)
     moments = np.lib.format.open_memmap(folder / "moments.npy", "w+", np.float16, (count, *noise.shape[1:]))
     for i in range(0, count, 64):
         moments[i : i + 64] = noise[: count - i]
     moments.flush()
     del moments
     np.save(folder / "labels.npy", np.arange(count) % 1000)
-    facts = dict(shape=[C, side, side], scale=0.18215, classes=[str(i) for i in range(1000)], count=count, flips=2, complete=True)
-    (folder / "meta.json").write_text(json.dumps(facts))
+    facts = dict(shape=[C, side, side], scale=0.18215, classes=list(map(str, range(1000))), count=count, flips=2)
+    (folder / "meta.json").write_text(json.dumps(facts | dict(complete=True)))
     (folder / "single").mkdir()
     for i in range(single):
         np.save(folder / f"single/{i}.npy", noise[0, 0, :C].astype(np.float32))
@@ -292,9 +303,9 @@ def latents(timer):
                 os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
     def rate(make, prepare=None):
-        """Samples a second over up to 12,000 samples, the best of 2 runs when warm."""
+        """Samples a second, from the second batch on, over up to 12,000 samples; the best of 2 runs."""
         rates = []
-        for _ in range(1 if prepare else 2):
+        for _ in range(2):
             if prepare:
                 prepare()
             steps = iter(make())
@@ -308,19 +319,25 @@ def latents(timer):
     used = min(count // batch, 48)
     order = [epoch_order(count, 0, 0)[k * batch : (k + 1) * batch] for k in range(used)]
     read = lambda: (lambda held: (held.read(2 * rows) for rows in order))(Latents(folder))
-    drawn = lambda: (lambda batches: (x for step in range(used) for x, _, _ in batches(step)))(Batches(Latents(folder), batch, 1, 0, timer.device))
     files = [folder / f"single/{i}.npy" for i in rng.permutation(single)]
     each = lambda: (np.stack([np.load(file) for file in files[k : k + batch]]) for k in range(0, single, batch))
-    for state, drop in (("memory", (None, None)), ("a cold disk", (lambda: cold([folder / "moments.npy"]), lambda: cold(files)))):
-        theirs = rate(each, drop[1])
-        timer.row(f"one .npy file an image, from {state}", theirs, "samples/s")
+
+    def drawn():
+        batches = Batches(Latents(folder), batch, 1, 0, timer.device)
+        return (x for step in range(used) for x, _, _ in batches(step))
+
+    for state in ("memory", "a cold disk"):
+        drop = (lambda files: lambda: cold(files)) if "cold" in state else lambda files: None
+        beside = f"one .npy file an image, from {state}"
+        theirs = rate(each, drop(files))
+        timer.row(beside, theirs, "samples/s")
         for what, make in (("one file, moments read", read), ("one file, training's batches, posterior drawn", drawn)):
-            ours = rate(make, drop[0])
-            timer.row(f"{what}, from {state}", ours, "samples/s", f"one .npy file an image, from {state}", ours / theirs)
+            ours = rate(make, drop([folder / "moments.npy"]))
+            timer.row(f"{what}, from {state}", ours, "samples/s", beside, ours / theirs)
 
 @torch.no_grad()
 def inception(timer):
-    """fid.py's feature network, with batch norm folded into the convolutions and channels last, and as it was published."""
+    """fid.py's feature network: as it was published; batch norm folded into the convolutions, and channels last."""
     torch.manual_seed(0)
     plain = fid.Inception().eval()
     for p in plain.parameters():
@@ -329,33 +346,38 @@ def inception(timer):
     plain, batch = plain.to(timer.device), 8 if timer.device.type == "cpu" else 64
     images = torch.randint(0, 256, (batch, 256, 256, 3), dtype=torch.uint8, device=timer.device)
     a, b = plain(images)[0], folded(images)[0]
-    note = {f"folded, {batch} images": f"features differ by {((a - b).abs().max() / a.abs().max()).item():.1e} of the largest"}
-    timer.compare(timer.medians({f"as published, {batch} images": lambda: plain(images), f"folded, {batch} images": lambda: folded(images)}), note=note)
+    error = ((a - b).abs().max() / a.abs().max()).item()
+    times = timer.medians({"as published": lambda: plain(images), "folded": lambda: folded(images)})
+    times = {f"{what}, {batch} images": seconds for what, seconds in times.items()}
+    timer.compare(times, note={f"folded, {batch} images": f"features differ by {error:.1e} of the largest"})
 
 def frechet(timer):
     """The distance of two Gaussians of 2,048 features."""
     rng = np.random.default_rng(0)
-    (m1, s1), (m2, s2) = ((x.mean(0), np.cov(x, rowvar=False)) for x in (rng.standard_normal((5000, 2048)), rng.standard_normal((5000, 2048)) * 1.2))
+    sets = [scale * rng.standard_normal((5000, 2048)) for scale in (1, 1.2)]
+    (m1, s1), (m2, s2) = ((x.mean(0), np.cov(x, rowvar=False)) for x in sets)
     root = lambda: np.square(m1 - m2).sum() + np.trace(s1 + s2 - 2 * scipy.linalg.sqrtm(s1 @ s2).real)
-    values = {}
     ways = {"scipy's sqrtm": root, "by eigenvalues": lambda: fid.frechet_distance(m1, s1, m2, s2)}
-    times = {what: timer.once(lambda what=what, way=way: values.update({what: way()})) for what, way in ways.items()}
+    values, times = {}, {}
+    for what, way in ways.items():
+        times[what] = timer.once(lambda: values.update({what: way()}))
     timer.compare(times, note={what: f"distance {value:.8f}" for what, value in values.items()})
 
-PARTS = dict(peak=peak, sampling=sampling, distillation=distillation, pruning=pruning, flags=flags, vae=vae, latents=latents,
-             inception=inception, frechet=frechet)
+PARTS = dict(peak=peak, sampling=sampling, distillation=distillation, pruning=pruning, flags=flags, vae=vae,
+             latents=latents, inception=inception, frechet=frechet)
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", metavar="PART", choices=PARTS, help=", ".join(PARTS))
-    parser.add_argument("--model", default="dit-s", help="default: %(default)s")
-    parser.add_argument("--batch-size", type=int, default=16, help="of a step; guided: half as many images (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=3, help="default: %(default)s")
-    parser.add_argument("--latents-mib", type=int, default=1024, help="size of the file that is read (default: %(default)s)")
-    parser.add_argument("--folder", help="on the disk that is measured (default: the system's temporary one)")
-    parser.add_argument("--bf16", action="store_true", help="measure bfloat16 even where it is emulated")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--out", type=Path, default=ROOT / "out/benchmark.json", help="default: out/benchmark.json")
+    add = parser.add_argument
+    add("--only", metavar="PART", choices=PARTS, help=", ".join(PARTS))
+    add("--model", default="dit-s", help="default: %(default)s")
+    add("--batch-size", type=int, default=16, help="of a step; guided: half as many images (default: %(default)s)")
+    add("--rounds", type=int, default=3, help="default: %(default)s")
+    add("--latents-mib", type=int, default=1024, help="size of the file that is read (default: %(default)s)")
+    add("--folder", help="on the disk that is measured (default: the system's temporary one)")
+    add("--bf16", action="store_true", help="measure bfloat16 even where it is emulated")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--out", type=Path, default=ROOT / "out/benchmark.json", help="default: out/benchmark.json")
     args = parser.parse_args()
     timer, started = Timer(args), time.time()
     machine = torch.cuda.get_device_name() if timer.device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
@@ -367,7 +389,8 @@ def main():
                 function(timer)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     seconds = round(time.time() - started)
-    args.out.write_text(json.dumps(dict(machine=machine, torch=torch.__version__, seconds=seconds, rows=timer.rows), indent=1) + "\n")
+    facts = dict(machine=machine, torch=torch.__version__, seconds=seconds, rows=timer.rows)
+    args.out.write_text(json.dumps(facts, indent=1) + "\n")
     print(f"\n{seconds} s; wrote {args.out}")
 
 if __name__ == "__main__":

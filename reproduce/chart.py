@@ -2,8 +2,8 @@
 
     python reproduce/chart.py out/speed.png --title Speed --x layers --y images/s "measured|12|DIR" "measured|6|DIR"
 
-A point is SERIES|X|DIR: DIR is an --out of sample.py, whose samples.json or fid.json holds --y's number. The other scripts of this
-folder take `Axes`.
+A point is SERIES|X|DIR: DIR is an --out of sample.py, whose samples.json or fid.json holds --y's number. Other scripts
+of this folder take `Axes`.
 """
 import argparse
 import math
@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 from table import facts_of
 
 COLOURS = ["#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#444444"]
-TITLES = {"fid": "Frechet distance", "images_per_s": "images/s"}
+TITLES = {"fid": "Fréchet distance", "images_per_s": "images/s", "depth": "layers"}
 
 class Axes:
     """A white picture with a title, two named axes with ticks, and places for numbers. log: y is logarithmic."""
@@ -88,8 +88,10 @@ def main():
     if args.inverse:
         x0, y0 = next(iter(series.values()))[0]
         least = min(x for x, _ in next(iter(series.values())))
-        series["in proportion to 1 / x"] = [(x, y0 * x0 / x) for x in (least + (x0 - least) * i / 40 for i in range(41))]
-    axes = Axes(args.title, args.x, TITLES.get(args.y, args.y), *zip(*[p for points in series.values() for p in points]))
+        curve = [least + (x0 - least) * i / 40 for i in range(41)]
+        series["in proportion to 1 / x"] = [(x, y0 * x0 / x) for x in curve]
+    places = [point for points in series.values() for point in points]
+    axes = Axes(args.title, TITLES.get(args.x, args.x), TITLES.get(args.y, args.y), *zip(*places))
     for (name, points), colour in zip(series.items(), COLOURS):
         axes.line(sorted(points), colour, dots=len(points) < 40)
     axes.legend(series, COLOURS)

@@ -100,9 +100,10 @@ measure() {
 row() { rows+=("$1|$2|$samples"); }
 rows=()
 
-# table TITLE [PAPER]: prints the rows; PAPER names the columns of the paper's numbers.
+# table TITLE [PAPER [FLAGS]]: prints the rows; PAPER names the columns of the paper's numbers.
 table() {
-    after python reproduce/table.py "$1" --paper "${2:-}" --picture "$out.png" --write "$out.md" "${rows[@]}"
+    after python reproduce/table.py "$1" --paper "${2:-}" --picture "$out.png" --write "$out.md" ${3:-} \
+        "${rows[@]}"
 }
 
 # after COMMAND: runs it, if this is not the plan.

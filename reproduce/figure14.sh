@@ -17,4 +17,5 @@ for mode in finetune logits-kd masked-kd; do
 done
 
 table "Figure 14: over the steps of recovery, $MODEL"
-after python reproduce/chart.py "$out-chart.png" --title "Recovery of $MODEL" --x "step of recovery" --y fid "${points[@]}"
+after python reproduce/chart.py "$out-chart.png" --title "Recovery of $MODEL" --x "step of recovery" --y fid \
+    "${points[@]}"

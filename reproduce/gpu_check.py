@@ -1,7 +1,7 @@
-"""The part of gpu_check.sh that runs the stages: does a GPU, or several, give what is expected, how fast, in how much memory?
+"""The part of gpu_check.sh that runs the stages: do one GPU and several give the same, how fast, in how much memory?
 
     python reproduce/gpu_check.py --device cuda --model dit-xl --out out/gpu-check
-    python reproduce/gpu_check.py STAGE FLAGS      # how it calls itself: one stage, and a line of JSON with its peak memory
+    python reproduce/gpu_check.py STAGE FLAGS     # how it calls itself: one stage, then its peak memory as JSON
 """
 import argparse
 import importlib
@@ -37,14 +37,13 @@ class Check:
     def __init__(self, args):
         self.device, self.out, self.failed = args.device, args.out.resolve(), 0
         self.all = torch.cuda.device_count() if args.device == "cuda" else 2
-        self.ways = {f"1 {args.device}": (1, [])}
-        if self.all > 1:
-            self.ways[f"{self.all} {args.device}"] = (self.all, [])
 
     def run(self, name: str, stage: str, *flags, ranks=1):
         """-> facts of a stage: seconds, peak memory in GiB; None, with a row that says why, if it failed."""
-        here = [sys.executable] if ranks == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-        started, log = time.time(), self.out / f"{name.replace(' ', '-')}.log"
+        here = [sys.executable]
+        if ranks > 1:
+            here += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+        started, log = time.time(), self.out / f"{name.replace(',', '').replace(' ', '-')}.log"
         with open(log, "w") as file:
             command = [*here, __file__, stage, *map(str, flags), "--device", self.device]
             code = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, cwd=ROOT).returncode
@@ -70,80 +69,90 @@ def speed_of(folder: Path, batch: int) -> float:
     return (last - first) * batch / max(end - start, 1e-9)
 
 def digits(check):
-    """Each stage, small: on one GPU, on all, in bfloat16 and compiled; compared with the first."""
-    out, first, steps = check.out, None, 20
+    """Every stage on the digits: on one rank, on all, in bfloat16 and compiled; each compared with the first."""
+    first, steps = None, 20
     ways = {"1 rank": (1, []), f"{check.all} ranks": (check.all, []), "1 rank, bfloat16": (1, ["--dtype", "bfloat16"]),
             "1 rank, compiled": (1, ["--compile"])}
     for way, (ranks, flags) in ways.items():
-        folder = out / way.replace(" ", "-").replace(",", "")
-        latents, common = folder / "latents", ["--resume", "never"]
-        dtype = flags if "--dtype" in flags else []
-        done = [check.run(f"extract, {way}", "extract_latents", "--out", latents, *common, *dtype, ranks=ranks)]
-        common += ["--steps", steps, "--log-every", steps // 2, "--latents", latents]
-        float32 = ["--dtype", "float32"] if "--dtype" not in flags else []
-        done += [check.run(f"prune, {way}", "prune", "--out", folder / "prune", *common, *flags, *float32, ranks=ranks)]
-        done += [check.run(f"distill, {way}", "distill", "--student", folder / "prune/shallow.pt", "--out", folder / "distill", *common,
-                           *flags, *float32, ranks=ranks)]
-        done += [check.run(f"sample, {way}", "sample", "--model", "dit-tiny", "--num-images", 200, "--out", folder / "sample", *flags,
-                           ranks=ranks)]
-        done += [check.run(f"fid, {way}", "fid", folder / "sample/samples.npz", "--no-pr", "--json", folder / "fid.json", ranks=ranks)]
+        folder, done = check.out / way.replace(",", "").replace(" ", "-"), []
+        dtype = flags if "--dtype" in flags else ["--dtype", "float32"]
+        train = ["--latents", folder / "latents", "--steps", steps, "--log-every", steps // 2, "--resume", "never"]
+        for stage, own in dict(
+                extract_latents=["--out", folder / "latents", "--resume", "never", *dtype],
+                prune=["--out", folder / "prune", *train, *dtype, *flags],
+                distill=["--student", folder / "prune/shallow.pt", "--out", folder / "distill", *train, *dtype, *flags],
+                sample=["--model", "dit-tiny", "--num-images", 200, "--out", folder / "sample", *flags],
+                fid=[folder / "sample/samples.npz", "--no-pr", "--json", folder / "fid.json"]).items():
+            done.append(check.run(f"{stage}, {way}", stage, *own, ranks=ranks))
         if None in done:
             continue
-        found = dict(latents=np.load(latents / "moments.npy").astype(np.float32), loss=log_of(folder / "distill")[-1]["loss"],
-                     search=log_of(folder / "prune")[-1]["loss"], kept=log_of(folder / "prune")[-1]["kept"],
-                     images=np.load(folder / "sample/samples.npz")["arr_0"].astype(np.float32), fid=json.loads((folder / "fid.json").read_text())["fid"])
+        found = results_of(folder)
         first = first or found
-        difference = lambda k: f"{np.abs(found[k] - first[k]).max():.2g}"
-        check.row(f"digits, {way}", f"search loss {found['search']:.6f}, keeps {' '.join(map(str, found['kept']))}, recovery loss {found['loss']:.6f}, "
-                  f"FID {found['fid']:.4f}; from the first: latents differ by up to {difference('latents')}, grey values by {difference('images')}, "
-                  f"{np.abs(found['images'] - first['images']).mean():.2g} on average; {sum(d['seconds'] for d in done):.0f} s")
+        grey = np.abs(found["images"] - first["images"])
+        latents = np.abs(found["latents"] - first["latents"]).max()
+        check.row(f"digits, {way}", f"search loss {found['search']:.6f}, keeps {found['kept']}, "
+                  f"recovery loss {found['recovery']:.6f}, FID {found['fid']:.4f}; beside the first, latents differ by "
+                  f"up to {latents:.2g}, grey values by up to {grey.max():.0f}, by {grey.mean():.2g} on average; "
+                  f"{sum(d['seconds'] for d in done):.0f} s")
 
-def full_size(check, name: str):
-    """Images/s and memory of a model's steps, on random weights, latents and images."""
-    small = name.endswith("-tiny")
-    out, batch, steps = check.out, 8 if small else 32, 12
+def results_of(folder: Path) -> dict:
+    """What the stages wrote."""
+    search, recovery = log_of(folder / "prune")[-1], log_of(folder / "distill")[-1]
+    return dict(latents=np.load(folder / "latents/moments.npy").astype(np.float32), search=search["loss"],
+                kept=" ".join(map(str, search["kept"])), recovery=recovery["loss"],
+                images=np.load(folder / "sample/samples.npz")["arr_0"].astype(np.float32),
+                fid=json.loads((folder / "fid.json").read_text())["fid"])
+
+def write_inputs(out: Path, name: str, images: int):
+    """Random weights, latents and images in `out`: speed does not depend on what they hold."""
     torch.manual_seed(0)
-    net = build_model(name, 4 if small else None)
+    net, rng = build_model(name, 4 if name.endswith("-tiny") else None), np.random.default_rng(0)
     for p in net.parameters():
         torch.nn.init.normal_(p, std=0.02)
     torch.save(net.state_dict(), out / "random.pt")
-    count, channels, side = 2048, net.channels, net.input_size
-    latents = out / "latents-random"
-    latents.mkdir(exist_ok=True)
-    rng = np.random.default_rng(0)
-    np.save(latents / "moments.npy", np.concatenate([rng.standard_normal((count, 1, channels, side, side)), np.full((count, 1, channels, side, side), 0.1)], 2)
-            .astype(np.float16))
-    np.save(latents / "labels.npy", np.arange(count) % net.classes)
-    facts = dict(shape=[channels, side, side], scale=1.0, classes=[str(i) for i in range(net.classes)], count=count, flips=1, complete=True)
-    (latents / "meta.json").write_text(json.dumps(facts))
-    size = 32 if small else 256
-    images, vae = 8 if small else 256, [] if small else ["--vae", MODELS[name]["vae"], "--ckpt", out / "vae.pt"]
-    if not small:
-        torch.save(AutoencoderKL(SD).state_dict(), out / "vae.pt")
-    np.savez(out / "images.npz", arr_0=rng.integers(0, 256, (images, size, size, 3), np.uint8), arr_1=np.arange(images) % net.classes)
-    check.run("cut", "prune", "--model", name, "--ckpt", out / "random.pt", "--criterion", "oracle", "--latents", "none", "--out", out / "cut", "--resume", "never")
-    source, student = ["--model", name, "--ckpt", out / "random.pt"], ["--student", out / "cut/shallow.pt"]
-    training = ["--latents", latents, "--steps", steps, "--log-every", steps // 3, "--save-every", steps, "--resume", "never"]
+    torch.save(AutoencoderKL(SD).state_dict(), out / "vae.pt")
+    size = 32 if name.endswith("-tiny") else 256
+    pictures = rng.integers(0, 256, (images, size, size, 3), np.uint8)
+    np.savez(out / "images.npz", arr_0=pictures, arr_1=np.arange(images) % net.classes)
+    folder, shape = out / "latents-random", (net.channels, net.input_size, net.input_size)
+    folder.mkdir(exist_ok=True)
+    np.save(folder / "moments.npy", rng.standard_normal((2048, 1, 2 * shape[0], *shape[1:])).astype(np.float16))
+    np.save(folder / "labels.npy", np.arange(2048) % net.classes)
+    facts = dict(shape=shape, scale=1.0, classes=list(map(str, range(net.classes))), count=2048, flips=1, complete=True)
+    (folder / "meta.json").write_text(json.dumps(facts))
+
+def full_size(check, name: str):
+    """Images/s and memory of a model's steps."""
+    home, out, steps = name.endswith("-tiny"), check.out, 12
+    batch, images = (8, 16) if home else (32, 256)  # per rank; of the extraction
+    write_inputs(out, name, images)
+    random, never = ["--model", name, "--ckpt", out / "random.pt"], ["--resume", "never"]
+    check.run("cut", "prune", *random, "--criterion", "oracle", "--latents", out / "none", "--out", out / "cut", *never)
+    train = ["--latents", out / "latents-random", "--steps", steps, "--log-every", steps // 3, *never]
+    tasks = {"prune, LoRA": ["prune", *random], "prune, full dW": ["prune", *random, "--delta-w", "full"],
+             "distill, masked KD": ["distill", "--student", out / "cut/shallow.pt"]}
     ways = {"float32": (1, ["--dtype", "float32"]), "bfloat16": (1, ["--dtype", "bfloat16"]),
             "bfloat16, compiled": (1, ["--dtype", "bfloat16", "--compile"]),
             f"bfloat16, {check.all} ranks": (check.all, ["--dtype", "bfloat16"])}
     for way, (ranks, flags) in ways.items():
-        for what, stage, own in (("prune, LoRA", "prune", source), ("prune, full dW", "prune", [*source, "--delta-w", "full"]), ("distill, masked KD", "distill", student)):
+        size, peak = f"batch {batch} per rank", lambda facts: f"peak {facts['peak']:.1f} GiB per rank"
+        for what, task in tasks.items():
             title = f"{name}, {what}, {way}"
-            facts = check.run(title, stage, *own, *training, "--batch-size", batch * ranks, "--out", out / "train", *flags, ranks=ranks)
-            if facts:
-                speed = speed_of(out / "train", batch * ranks)
-                check.row(title, f"{speed:.1f} images/s, batch {batch} per rank, peak {facts['peak']:.1f} GiB")
+            own = [*train, "--batch-size", batch * ranks, "--out", out / "train", *flags]
+            if facts := check.run(title, *task, *own, ranks=ranks):
+                check.row(title, f"{speed_of(out / 'train', batch * ranks):.1f} images/s, {size}, {peak(facts)}")
         if "--compile" not in flags:
             title = f"{name}, extract, {way}"
-            facts = check.run(title, "extract_latents", "--data", out / "images.npz", "--out", out / "extracted", "--resume", "never", *vae, *flags, ranks=ranks)
-            facts and check.row(title, f"{images} images in {facts['seconds']:.0f} s with the start, peak {facts['peak']:.1f} GiB")
-        title, images_drawn = f"{name}, sample, {way}", batch * ranks
-        decoder = ["--vae-ckpt", out / "vae.pt"] if not small else []
-        facts = check.run(title, "sample", *source, "--num-images", 2 * images_drawn, "--batch-size", batch, "--steps", 10, "--out", out / "drawn", *decoder, *flags, ranks=ranks)
-        if facts:
+            vae = [] if home else ["--vae", MODELS[name]["vae"], "--ckpt", out / "vae.pt"]
+            own = ["--data", out / "images.npz", "--out", out / "extracted", *never, *vae, *flags]
+            if facts := check.run(title, "extract_latents", *own, ranks=ranks):
+                check.row(title, f"{images} images in {facts['seconds']:.0f} s with the start, {peak(facts)}")
+        title = f"{name}, sample, {way}"
+        own = [*random, "--num-images", 2 * batch * ranks, "--batch-size", batch, "--steps", 10, "--out", out / "drawn"]
+        vae = [] if home else ["--vae-ckpt", out / "vae.pt"]
+        if facts := check.run(title, "sample", *own, *vae, *flags, ranks=ranks):
             speed = json.loads((out / "drawn/samples.json").read_text())["images_per_s"]
-            check.row(title, f"{10 * speed:.1f} image steps/s with decoding, batch {batch} per rank, peak {facts['peak']:.1f} GiB")
+            check.row(title, f"{10 * speed:.1f} image steps/s with decoding, {size}, {peak(facts)}")
 
 def main():
     if len(sys.argv) > 1 and not sys.argv[1].startswith("-"):

@@ -15,9 +15,10 @@ tests() { timeout 900 python -m pytest -q -x test_all.py "$@" 2>&1 | tee -a $out
 {
     echo "| check | result |"
     echo "|---|---|"
-    [ "$DEVICE" = cpu ] || nvidia-smi --query-gpu=name,memory.total,driver_version --format=csv,noheader | sort | uniq -c |
-        sed 's/^ */| machine | /; s/$/ |/'
-    python -c "import os, torch; print(f'| software | torch {torch.__version__}, CUDA {torch.version.cuda}, {os.cpu_count()} CPUs |')"
+    [ "$DEVICE" = cpu ] || nvidia-smi --query-gpu=name,memory.total,driver_version --format=csv,noheader | sort |
+        uniq -c | sed 's/^ */| machine | /; s/$/ |/'
+    python -c "import os, torch
+print(f'| software | torch {torch.__version__}, CUDA {torch.version.cuda}, {os.cpu_count()} CPUs |')"
     if [ "$DEVICE" = cpu ]; then
         echo "| tests (a few) | $(tests -k 'respace or candidate or matched') |"
     else
@@ -26,4 +27,5 @@ tests() { timeout 900 python -m pytest -q -x test_all.py "$@" 2>&1 | tee -a $out
     fi
 } | tee $report
 python reproduce/gpu_check.py --device "$DEVICE" --model "$MODEL" --out $out | tee -a $report
-echo "Took $((SECONDS / 60)) min $((SECONDS % 60)) s; the report is $report, what the stages printed $out/*.log." | tee -a $report
+echo "| time | $((SECONDS / 60)) min $((SECONDS % 60)) s |" | tee -a $report
+echo "The report is $report; what the stages printed is in $out/*.log."

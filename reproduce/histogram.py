@@ -25,15 +25,16 @@ def main():
         rank = dict(lowest=0, median=len(losses) // 2, highest=-1)[args.layers]
         return print(",".join(map(str, tried["cuts"][tried["losses"].index(losses[rank])])))
     marks = [(name, facts_of(Path(folder))) for name, _, folder in (row.split("|") for row in args.rows)]
-    marks = sorted((facts["cut_loss"], f"{name}: {f'''FID {facts['fid']:.2f}''' if 'fid' in facts else 'diverged'}")
-                   for name, facts in marks if "cut_loss" in facts)
+    result = lambda facts: f"FID {facts['fid']:.2f}" if "fid" in facts else "diverged"
+    marks = sorted((facts["cut_loss"], f"{name}: {result(facts)}") for name, facts in marks if "cut_loss" in facts)
     low, high = min(losses[0], *(x for x, _ in marks)), max(losses[-1], *(x for x, _ in marks))
     width = (high - low) / 60 or 1
     counts = [sum(low + i * width <= loss < low + (i + 1) * width for loss in losses) for i in range(61)]
     axes = Axes(f"Loss right after the cut, of {len(losses):,} cuts, and what some recover to", "loss after the cut",
                 "number of cuts", [low, high], [0, max(counts)])
     for i, count in enumerate(counts):
-        axes.draw.rectangle([axes.x(low + i * width), axes.y(count), axes.x(low + (i + 1) * width) - 1, axes.y(0)], "#bbccdd")
+        start, end = axes.x(low + i * width), axes.x(low + (i + 1) * width) - 1
+        axes.draw.rectangle([start, axes.y(count), end, axes.y(0)], "#bbccdd")
     for i, (loss, text) in enumerate(marks):
         x, y, colour = axes.x(loss), axes.top + 20 + 30 * i, COLOURS[i % len(COLOURS)]
         axes.draw.line([(x, y), (x, axes.y(0))], colour, 2)

@@ -29,4 +29,5 @@ with tempfile.TemporaryDirectory() as folder:
     loaded = peak()
     sum(p.detach().sum() for p in net.parameters())
 size = sum(p.numel() * 4 for p in net.parameters()) / 2**30
-print(f"weights {size:.2f} GiB; peak after imports {start:.2f}, after loading {loaded:.2f}, after reading every weight {peak():.2f} GiB")
+print(f"weights {size:.2f} GiB; peak after imports {start:.2f}, after loading {loaded:.2f}, "
+      f"after reading every weight {peak():.2f} GiB")

@@ -2,9 +2,9 @@
 
     python reproduce/magnitudes.py --student out/distill/student.pt --out out/magnitudes.png
 
-Top: the least and the largest element and the standard deviation of the layers' outputs, over 64 samples of fixed noise and
-times. Bottom: the largest distance of an element from its sample's mean, in standard deviations of that sample. What exceeds
-the mask's 2 (prints how much of it there is) does not count in L_Rep.
+Top: the least and the largest element and the standard deviation of the layers' outputs, over 64 samples of fixed
+noise and times. Bottom: the largest distance of an element from its sample's mean, in standard deviations of that
+sample. What lies beyond 2 (the table says how much does) is masked in L_Rep.
 """
 import argparse
 import json
@@ -41,11 +41,11 @@ def picture_of(nets: dict) -> Image.Image:
     """nets: {title: rows of statistics_of}."""
     places = {title: [(i + 1) / len(rows) for i in range(len(rows))] for title, rows in nets.items()}
     every = [row for rows in nets.values() for row in rows]
-    xs = [0, 1]
-    top = Axes("Hidden states: least, largest, and one standard deviation (band)", "depth of the layer, as a share of the network",
-               "element of h", xs, [v for row in every for v in (row["min"], row["max"])])
-    bottom = Axes("The largest element, in standard deviations of its sample", "depth of the layer, as a share of the network",
-                  "|h - mean| / std", xs, [0, *(row["largest"] for row in every)])
+    xs, x_name = [0, 1], "depth of the layer, as a share of the network"
+    top = Axes("Hidden states: least and largest element, and +- one standard deviation", x_name, "element of h", xs,
+               [v for row in every for v in (row["min"], row["max"])])
+    bottom = Axes("The largest element, in standard deviations of its sample", x_name, "|h - mean| / std", xs,
+                  [0, *(row["largest"] for row in every)])
     for (title, rows), colour in zip(nets.items(), COLOURS):
         for key in ("min", "max"):
             top.line([(x, row[key]) for x, row in zip(places[title], rows)], colour)
@@ -72,11 +72,12 @@ def main():
     args.mode = "masked-kd"
     net, config = load_model(None, args.student, args.device)
     teacher, latents = load_teacher(args, net, config, args.device), Latents(args.latents)
-    found = {f"{title}, {len(n.layers())} layers": statistics_of(n, latents) for title, n in (("teacher", teacher), ("student", net))}
+    found = {f"{title}, {len(n.layers())} layers": statistics_of(n, latents)
+             for title, n in (("teacher", teacher), ("student", net))}
     for title, rows in found.items():
         print(f"\n{title}\n\n| layer | std | min | max | largest, in std | beyond 2 std |\n|---|---|---|---|---|---|")
         for i, row in enumerate(rows):
-            print(f"| {i} | {row['std']:.3f} | {row['min']:.2f} | {row['max']:.2f} | {row['largest']:.1f} | {row['beyond']:.1%} |")
+            print("| {} | {std:.3f} | {min:.2f} | {max:.2f} | {largest:.1f} | {beyond:.1%} |".format(i, **row))
     picture_of(found).save(args.out)
     args.out.with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n")
     print(f"\nwrote {args.out} and {args.out.with_suffix('.json')}")

@@ -3,8 +3,8 @@
     python reproduce/table.py "Digits" "teacher||out/sample-teacher" "student||out/sample" --picture out/demo.png
     python reproduce/table.py "Table 8" "2e-4|207.27 3.73|DIR" "1e-4|194.31 4.10|DIR" --paper "IS FID"
 
-A row is NAME|PAPER|DIR: DIR is an --out of sample.py, with fid.json of fid.py there, and PAPER holds the numbers that the paper has
-for it, one for each name in --paper. They are shown beside ImageNet's only: the digits have other ones.
+A row is NAME|PAPER|DIR: DIR is an --out of sample.py, with fid.json of fid.py there, and PAPER holds the numbers that
+the paper has for it, one for each name in --paper. They are shown beside ImageNet's only: the digits have others.
 """
 import argparse
 import json
@@ -14,8 +14,10 @@ from PIL import Image, ImageDraw, ImageFont
 
 COLUMNS = {  # key in samples.json or fid.json -> title, format
     "depth": ("layers", "{}"), "parameters": ("parameters", "{:.2f} M"), "images_per_s": ("images/s", "{:.1f}"),
-    "cut_loss": ("loss after the cut", "{:.3f}"), "is": ("IS", "{:.2f}"), "fid": ("FID", "{:.2f}"), "sfid": ("sFID", "{:.2f}"),
-    "precision": ("precision", "{:.3f}"), "recall": ("recall", "{:.3f}"), "accuracy": ("right digit", "{:.1%}")}
+    "speed_up": ("speed-up", "{:.2f} x"), "by_depth": ("by depth alone", "{:.2f} x"),
+    "cut_loss": ("loss after the cut", "{:.3f}"), "is": ("IS", "{:.2f}"), "fid": ("FID", "{:.2f}"),
+    "sfid": ("sFID", "{:.2f}"), "precision": ("precision", "{:.3f}"), "recall": ("recall", "{:.3f}"),
+    "accuracy": ("right digit", "{:.1%}")}
 
 def facts_of(folder: Path) -> dict:
     """What is known of a cell: of its samples, and the loss right after its cut, which prune.py logged above."""
@@ -45,11 +47,16 @@ def main():
     parser.add_argument("title")
     parser.add_argument("rows", nargs="+", metavar="NAME|PAPER|DIR")
     parser.add_argument("--paper", default="", help="names of the paper's numbers, like 'IS FID'")
+    parser.add_argument("--speed-up", action="store_true", help="also how many times as fast as the first row")
     parser.add_argument("--picture", type=Path, help="where the grids go")
     parser.add_argument("--write", type=Path, help="where the table goes, too")
     args = parser.parse_args()
     rows = [row.split("|") for row in args.rows]
     cells = [(name, facts_of(Path(folder)), Path(folder)) for name, _, folder in rows]
+    first = cells[0][1]
+    for _, facts, _ in cells if args.speed_up else []:
+        facts["speed_up"] = facts["images_per_s"] / first["images_per_s"]
+        facts["by_depth"] = first["depth"] / facts["depth"]
     shown = [k for k in COLUMNS if any(k in facts for _, facts, _ in cells)]
     beside = args.paper.split() if any("sfid" in facts for _, facts, _ in cells) else []
     lines = [["", *(COLUMNS[k][0] for k in shown), *(f"paper's {k}" for k in beside)]]

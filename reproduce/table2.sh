@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Table 2: the three families, cut to half by the learned search, with masked KD. MODEL=dit-xl: the three at ImageNet size.
+# Table 2: the three families, cut to half by the learned search, with masked KD. MODEL=dit-xl: all at ImageNet size.
 #   bash reproduce/table2.sh          (its settings: see common.sh; STEPS: else each family's own recipe)
 . "$(dirname "$0")/common.sh"
 recovery="--mode masked-kd ${STEPS:+--steps $STEPS}"

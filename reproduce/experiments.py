@@ -1,0 +1,249 @@
+"""Runs the experiments behind the README's tables on the bundled digits, cell by cell, into docs/results.
+
+    python reproduce/experiments.py --list            # which cells docs/results lacks, and how long they would take
+    python reproduce/experiments.py                   # computes them; --share 0/2 and --share 1/2: two processes
+    python reproduce/experiments.py --only sit-tiny   # cells whose name contains a text
+    python reproduce/experiments.py --again 2         # computes two finished cells of each kind anew and compares
+    python reproduce/experiments.py --tables          # the tables, by report.py, which draws the pictures too
+
+A cell is a way through the stages. `losses`: the loss right after every cut of a scheme (prune.py --criterion
+lowest-loss). `choice`: what one criterion keeps. `recovery`: a cut, recovered for some steps, and the Fréchet distance
+of 500 samples. Each is written when it is done, so a kill loses one cell.
+"""
+import argparse
+import contextlib
+import io
+import itertools
+import json
+import shutil
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "reproduce")]
+RESULTS, OUT = ROOT / "docs" / "results", ROOT / "out" / "experiments"
+FILES = {  # kind: (the fields that name a cell, how it was made)
+    "losses": ("model scheme", "diffusion loss right after the cut, of every cut of the scheme, on 256 fixed draws "
+               "(draws: on so many of another seed)"),
+    "choice": ("model criterion scheme delta_w seed",
+               "seed: of the search, whose recipe is 250 steps of 64; loss: right after the cut; seconds: of the "
+               "choice, on a shared machine; draws: the choice was made on losses of so many draws of another seed"),
+    "recovery": ("model kept mode steps lr sigma seed",
+                 "seed: of the recovery, batch 64, lr 1e-3, EMA 0.999; fd: Fréchet distance of 500 samples, seed 0, "
+                 "on the digit classifier's features (DiT: ddim, 20 steps, guidance 1.5; SiT: ode-euler, 20 grid "
+                 "points; MAR: 8 rounds, guidance 3); right: share read as the digit asked for; at: fd of earlier "
+                 "steps of the same run; seconds: of the recovery, on a shared machine")}
+FREE = {"dit-tiny": "6:12", "sit-tiny": "6:12", "mar-tiny": "3:6"}  # a group of MAR is of encoder or decoder
+SAMPLING = {"dit-tiny": "--sampler ddim --steps 20", "sit-tiny": "--sampler ode-euler --steps 20", "mar-tiny": ""}
+SPREAD = ["0 1 2 3 4 7", "0 1 4 7 9 11", "0 1 3 6 7 10", "0 1 5 6 7 9", "1 2 3 5 7 11", "1 3 4 6 7 11", "0 2 5 6 8 11",
+          "1 3 4 7 9 10", "0 2 4 7 9 10", "0 2 5 6 7 9", "0 4 5 9 10 11", "2 3 8 9 10 11", "3 5 6 7 9 11",
+          "2 4 6 8 9 10", "4 5 6 7 8 10"]  # of all 924, evenly over the ranks of their losses on 512 draws
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The plan: every cell, the most telling first.
+
+
+def cell(kind: str, **settings) -> dict:
+    if "kept" in settings and not isinstance(settings["kept"], str):
+        settings["kept"] = " ".join(map(str, settings["kept"]))
+    return dict(kind=kind, **settings)
+
+
+def name(row: dict) -> str:
+    """What identifies a cell, and the row that it becomes."""
+    fields = [row[k] for k in FILES[row["kind"]][0].split() if row.get(k) is not None]
+    return " ".join([row["kind"], *[str(v).replace(" ", ",") for v in fields]])
+
+
+def recovery(model, kept, steps, seed=0, mode="masked-kd", **more) -> dict:
+    return cell("recovery", model=model, kept=kept, mode=mode, steps=steps, **more, seed=seed)
+
+
+def plan(rows: list):
+    """rows: what is known by now, as later cells recover what earlier ones chose."""
+    loss = {(r["model"], r["scheme"]): r["losses"] for r in rows if r["kind"] == "losses"}
+    picked = lambda model, scheme: {r["kept"] for r in rows if r["kind"] == "choice" and r["model"] == model
+                                    and r["scheme"] == scheme and "delta_w" not in r}
+    yield from (cell("losses", model=model, scheme=scheme) for model, scheme in FREE.items())
+    yield from (cell("losses", model="dit-tiny", scheme=scheme) for scheme in ("4:12", "3:12"))
+    for model, free in FREE.items():  # tables 1 and 2, and the rivals
+        for scheme in ("1:2", free):
+            for criterion in ("bi", "flux-lite", "sensitivity", "probe", "oracle", "lowest-loss", "learned",
+                              "distilled", "greedy", "adapted", "halving"):
+                yield cell("choice", model=model, criterion=criterion, scheme=scheme, seed=0)
+        yield from (cell("choice", model=model, criterion="random", scheme="1:2", seed=seed) for seed in range(3))
+    for criterion, scheme, seeds in (
+            ("learned", "1:2", 5), ("learned", "3:6", 2), ("learned", "6:12", 2), ("distilled", "1:2", 3),
+            ("distilled", "6:12", 2), ("adapted", "1:2", 2), ("adapted", "6:12", 2), ("halving", "1:2", 2),
+            ("halving", "6:12", 2), ("learned", "1:3", 2), ("learned", "4:12", 1), ("learned", "1:4", 2),
+            ("learned", "3:12", 1), ("random", "1:3", 3), ("random", "1:4", 3)):  # the last ones: where depth is scarce
+        yield from (cell("choice", model="dit-tiny", criterion=criterion, scheme=scheme, seed=k) for k in range(seeds))
+
+    grid = [" ".join(map(str, c)) for c in itertools.product(*[(2 * g, 2 * g + 1) for g in range(6)])]
+    yield from (recovery("dit-tiny", kept, 100) for kept in grid)  # the whole space of 1:2: figure 5, complete
+    wanted = {name(recovery("dit-tiny", kept, 100)) for kept in grid}
+    done = {row["kept"]: row["fd"] for row in rows if name(row) in wanted}
+    learned, lowest = "0 2 4 7 8 11", "1 2 4 7 9 11"  # of 1:2
+    if len(done) == len(grid):  # a panel, spread over the ranks, for other lengths and another seed
+        order = sorted(grid, key=done.get)
+        panel = dict.fromkeys([*[order[round(i * 63 / 8)] for i in range(9)], lowest, learned])
+        for steps, seed in (25, 0), (100, 1), (400, 0):
+            yield from (recovery("dit-tiny", kept, steps, seed) for kept in panel)
+    yield from (recovery("dit-tiny", kept, 100) for kept in SPREAD)  # free of 1:2
+    yield from (recovery("dit-tiny", kept, steps) for kept in (SPREAD[0], SPREAD[7]) for steps in (25, 400, 800))
+    yield from (recovery("dit-tiny", SPREAD[0], 100, mode=mode) for mode in ("finetune", "logits-kd"))
+    for mode in ("masked-kd", "finetune", "logits-kd", "rep-kd"):  # table 5 and figure 14
+        yield from (recovery("dit-tiny", learned, 100, seed, mode) for seed in range(3))
+        yield recovery("dit-tiny", learned, 800, 0, mode, at=[200, 400])
+    for model in FREE:
+        kept = picked(model, "1:2") | picked(model, "3:6") | picked(model, "6:12")
+        for seed in range(3 if model == "dit-tiny" else 1):
+            yield from (recovery(model, k, 100, seed) for k in sorted(kept))
+    for groups, free in ((4, "4:12"), (3, "3:12")):
+        of_all = loss.get(("dit-tiny", free), {})
+        of_grid = [k for k in of_all if len({int(i) // (12 // groups) for i in k.split()}) == groups]
+        kept = picked("dit-tiny", f"1:{12 // groups}") | picked("dit-tiny", free)
+        kept |= {min(cuts, key=of_all.get) for cuts in (of_all, of_grid) if cuts}
+        yield from (recovery("dit-tiny", k, steps) for steps in (100, 800) for k in sorted(kept))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The cells: each calls the stages with the command lines that a reader would type.
+
+
+def call(stage, *arguments):
+    """stage.main() in this process, silently: loading torch anew would take longer than many a cell."""
+    sys.argv = [f"{stage.__name__}.py", *map(str, arguments)]
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        stage.main()
+
+
+def compute(row: dict) -> dict:
+    """The finished row of a cell."""
+    import distill
+    import ideas  # adds its criteria to prune.py's
+    import model
+    prune, work = ideas.prune, OUT / f"work-{name(row).replace(' ', '-').replace(':', '_')}"
+    train = ["--latents", ROOT / "out" / "latents", "--resume", "never", "--dtype", "float32", "--device", "cpu"]
+    cut, started = ["--model", row["model"], "--out", work / "cut", *train], time.time()
+    try:
+        if row["kind"] == "recovery":
+            scheme = f"{len(row['kept'].split())}:12" if FREE[row["model"]] == "6:12" else FREE[row["model"]]
+            call(prune, "--criterion", "indices", "--layers", row["kept"].replace(" ", ","), "--scheme", scheme, *cut)
+            flags, started = ["--mode", row["mode"], "--steps", row["steps"], "--seed", row["seed"]], time.time()
+            flags += [v for k in ("lr", "mask-sigma") if k in row for v in (f"--{k}", row[k])]
+            flags += ["--save-every", row["at"][0], "--keep", 99] if "at" in row else []
+            call(distill, "--student", work / "cut" / "shallow.pt", "--out", work / "student", *flags, *train)
+            seconds = round(time.time() - started, 1)
+            found = measure(row["model"], work / "student" / "student.pt", work / "samples") | dict(seconds=seconds)
+            if "at" in row:
+                saved = {k: work / "student" / f"step-{k:08}.pt" for k in row["at"]}
+                found["at"] = {k: measure(row["model"], path, work / "samples")["fd"] for k, path in saved.items()}
+            return row | found
+        criterion = row.get("criterion", "lowest-loss")
+        flags = ["--delta-w", row["delta_w"]] if "delta_w" in row else []
+        call(prune, "--criterion", criterion, "--scheme", row["scheme"], "--seed", row.get("seed", 0), *flags, *cut)
+        log = [json.loads(line) for line in (work / "cut" / "log.jsonl").read_text().splitlines()]
+        if row["kind"] == "losses":
+            table = next(line for line in log if "losses" in line)
+            cuts = [" ".join(map(str, kept)) for kept in table["cuts"]]
+            return row | dict(losses={kept: round(v, 4) for kept, v in zip(cuts, table["losses"])})
+        config, seconds = model.read_state(work / "cut" / "shallow.pt")[1], round(time.time() - started, 1)
+        kept, loss = " ".join(map(str, config["kept"])), round(config["calibration_loss"], 4)
+        more = {k: [round(v, 5) for v in line[k]] for line in log for k in ("confidence", "scores") if k in line}
+        return row | dict(kept=kept, loss=loss, seconds=seconds) | more
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def measure(model, ckpt, out) -> dict:
+    import fid
+    import sample
+    machine = ["--batch-size", 32, "--device", "cpu"]
+    call(sample, "--ckpt", ckpt, "--num-images", 500, "--out", out, *machine, *SAMPLING[model].split())
+    with contextlib.redirect_stderr(io.StringIO()):
+        found = fid.evaluate(str(out / "samples.npz"), "digits", pr=False)
+    return dict(fd=round(found["fid"], 4), right=round(found["accuracy"], 4))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Keeping what is known: docs/results/KIND.json, and OUT for cells that just ended.
+
+
+def known() -> list:
+    """All finished rows."""
+    rows = [dict(kind=kind) | row for kind in FILES if (RESULTS / f"{kind}.json").exists()
+            for row in json.loads((RESULTS / f"{kind}.json").read_text())["rows"]]
+    rows += [json.loads(file.read_text()) for file in sorted(OUT.glob("*.json"))]
+    return list({name(row): row for row in rows}.values())
+
+
+def write(rows: list):
+    """docs/results: a file per kind, a row per line."""
+    for kind, (_, about) in FILES.items():
+        own = [{k: v for k, v in row.items() if k != "kind"} for row in sorted(rows, key=name) if row["kind"] == kind]
+        head = json.dumps(dict(command="python reproduce/experiments.py", settings=about), ensure_ascii=False)
+        lines = ",\n".join(json.dumps(row) for row in own)
+        RESULTS.mkdir(parents=True, exist_ok=True)
+        (RESULTS / f"{kind}.json").write_text(f'{{"about": {head},\n"rows": [\n{lines}\n]}}\n')
+
+
+def seconds_of(row: dict) -> float:
+    """A guess, for one core without AMX: layers that the steps and the samples go through."""
+    if row["kind"] != "recovery":
+        return {"losses": 60, "choice": 50}[row["kind"]] * (2.5 if row["model"] == "mar-tiny" else 1)
+    passes = {"finetune": 3 * 6}.get(row["mode"], 12 + 3 * 6)
+    return row["steps"] * passes * (0.023 if row["model"] == "mar-tiny" else 0.006) + 12 * (1 + len(row.get("at", ())))
+
+
+def again(count: int, only: str):
+    """Computes finished cells from their settings, and says whether the result is the same."""
+    for kind, (fields, _) in FILES.items():
+        result = {"losses": "losses", "choice": "kept", "recovery": "fd"}[kind]
+        for row in [row for row in known() if row["kind"] == kind and only in name(row)][:count]:
+            new = compute({k: row[k] for k in ("kind", *fields.split()) if k in row})
+            verdict = "same" if new[result] == row[result] else "DIFFERS"
+            print(f"{verdict}: {name(row)}: {str(new[result])[:40]} now, {str(row[result])[:40]} before", flush=True)
+
+
+def print_tables():
+    import report
+    for title, lines in report.TABLES.items():
+        print(f"\n## {title}\n\n{lines()}")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--list", action="store_true", help="print what is left, with an estimate, and stop")
+    parser.add_argument("--only", default="", metavar="TEXT", help="only cells whose name contains it")
+    parser.add_argument("--share", default="0/1", metavar="I/N", help="every Nth cell from the Ith, for N processes")
+    parser.add_argument("--again", type=int, default=0, metavar="N", help="compute N cells of each kind anew, compare")
+    parser.add_argument("--tables", action="store_true", help="print the tables and stop")
+    args = parser.parse_args()
+    first, step = map(int, args.share.split("/"))
+    if args.again or args.tables:
+        return again(args.again, args.only) if args.again else print_tables()
+    OUT.mkdir(parents=True, exist_ok=True)
+    while True:
+        rows = known()
+        have = {name(row) for row in rows}
+        left = list({name(c): c for c in plan(rows) if name(c) not in have and args.only in name(c)}.values())
+        print(f"{len(left)} cells left: about {sum(map(seconds_of, left)) / 3600:.1f} hours of one core", flush=True)
+        if args.list or not left[first::step]:
+            break
+        for row in left[first::step]:
+            if args.list:
+                break
+            began = time.time()
+            done = compute(row)
+            (OUT / f"{name(row).replace(' ', '_').replace(':', '-')}.json").write_text(json.dumps(done))
+            print(f"{name(row)}: {time.time() - began:.0f} s", flush=True)
+    if args.list:
+        print("\n".join(map(name, left)))
+    else:
+        write(known())
+
+
+if __name__ == "__main__":
+    main()
