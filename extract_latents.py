@@ -479,7 +479,7 @@ class Batches:
     def __init__(self, latents, batch_size, accumulate, seed, device):
         self.cuts = world_size() * accumulate
         if not self.cuts <= batch_size <= len(latents):
-            raise UserError(f"--batch-size {batch_size} is not possible; give at least {self.cuts} (ranks x accumulate) "
+            raise UserError(f"--batch-size {batch_size} is impossible; give at least {self.cuts} (ranks x accumulate) "
                             f"and at most {len(latents)} (images)")
         self.latents, self.batch_size, self.accumulate, self.seed = latents, batch_size, accumulate, seed
         self.device, self.steps_per_epoch = torch.device(device), len(latents) // batch_size
