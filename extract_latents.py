@@ -436,7 +436,7 @@ class Latents:
     def __len__(self):
         return len(self.rows)
 
-    def read(self, places, pin=False):
+    def read(self, places):
         """Moments (B, 2C, H, W) float16; place `flips * row` is the image of that row, the next one its mirror image.
         If the last read took longer than from memory, the system hears of all rows before the first is copied, and
         fetches them from the disk together. (madvise, since at a read per row other threads would take Python away.)"""
@@ -445,7 +445,7 @@ class Latents:
         if self.from_disk and hasattr(mmap, "MADV_WILLNEED"):  # Windows has none
             for first in ((self.moments.offset + places * size) // page * page).tolist():
                 self.moments.base.madvise(mmap.MADV_WILLNEED, first, size + page)
-        out = torch.empty((len(places), *moments.shape[1:]), dtype=torch.float16, pin_memory=pin)
+        out = torch.empty((len(places), *moments.shape[1:]), dtype=torch.float16)
         np.take(moments, places, axis=0, out=out.numpy(), mode="clip")  # clip: numpy's unbuffered way
         self.from_disk = time.perf_counter() - start > 5e-6 * len(places)
         return out
@@ -454,7 +454,8 @@ class Latents:
         """-> moments (B, 2C, H, W), of the image or its mirror image, labels (B,). noise: RowNoise in one block."""
         flips, y = self.moments.shape[1], torch.from_numpy(self.labels[rows])
         mirrored = noise.host.random(noise.block)[noise.rows] < 0.5 if flips == 2 else 0
-        return self.read(flips * self.rows[rows] + mirrored, pin), y.pin_memory() if pin else y
+        moments = self.read(flips * self.rows[rows] + mirrored)
+        return (moments.pin_memory(), y.pin_memory()) if pin else (moments, y)
 
     def draw(self, moments, y, noise):
         """-> x (B, C, H, W) float32, from the posterior and scaled; y (B,). On the device of the noise."""
