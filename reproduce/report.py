@@ -59,6 +59,8 @@ def choices(model, depth=6, **wanted) -> list:
 
 
 def table(header: str, lines: list) -> str:
+    if not lines:
+        return "Nothing was measured yet."
     names = header.split(" | ")
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in [names, ["---"] * len(names), *lines])
 
@@ -153,7 +155,8 @@ def criteria(model: str) -> str:
         loss = f"{same[0]['loss']:.3f}" if "loss" in same[0] else "-"
         cost = f"{statistics.mean(row['seconds'] for row in same):.0f}"
         fd = [spread(recovered(model, kept, steps)) for steps in lengths]
-        lines.append([criterion, scheme, seeds, kept, loss, cost, *fd])
+        if {*fd} != {"-"}:
+            lines.append([criterion, scheme, seeds, kept, loss, cost, *fd])
     last = "".join(f" | FD, {steps} steps" for steps in lengths)
     return table("criterion | scheme | its seeds | keeps | loss | seconds" + last, lines)
 
@@ -199,7 +202,8 @@ def scarce() -> str:
             named.setdefault(row["kept"], []).append(f"{row['criterion']} {row['scheme']}, seed {row['seed']}")
         for kept, what in named.items():
             fd = [spread(recovered("dit-tiny", kept, steps)) for steps in (100, 800)]
-            lines.append([depth, "; ".join(what), kept, f"{loss[kept]:.3f}", *fd])
+            if {*fd} != {"-"}:
+                lines.append([depth, "; ".join(what), kept, f"{loss[kept]:.3f}", *fd])
     return table("layers | cut | keeps | loss | FD, 100 steps | 800", lines)
 
 
@@ -295,6 +299,7 @@ def length_picture():
               ("learned, 1:2", "0 2 4 7 8 11", RED), ("lowest loss of 1:2", min(grid, key=grid.get), BLUE),
               ("lowest loss of all 924", order[0], "black")]
     at = lambda kept: [(s, v[0]) for s in (25, 100, 400, 800) if (v := recovered("dit-tiny", kept, s, seeds=[0]))]
+    curves = [curve for curve in curves if len(at(curve[1])) > 1]
     points = {text: at(kept) for text, kept, _ in curves}
     values = [v for line in points.values() for _, v in line]
     chart = Chart("What a longer recovery makes of a cut",
