@@ -439,7 +439,7 @@ class Latents:
     def read(self, places, pin=False):
         """Moments (B, 2C, H, W) float16; place `flips * row` is the image of that row, the next one its mirror image.
         If the last read took longer than from memory, the system hears of all rows before the first is copied, and
-        fetches them from the disk together. (By madvise: a read per row would let other threads keep Python each time.)"""
+        fetches them from the disk together. (madvise, since at a read per row other threads would take Python away.)"""
         moments, start = self.moments.reshape(-1, *self.moments.shape[2:]), time.perf_counter()
         size, page = moments[0].size * moments.itemsize, mmap.PAGESIZE
         if self.from_disk and hasattr(mmap, "MADV_WILLNEED"):  # Windows has none
@@ -479,7 +479,8 @@ class Batches:
     def __init__(self, latents, batch_size, accumulate, seed, device):
         self.cuts = world_size() * accumulate
         if not self.cuts <= batch_size <= len(latents):
-            raise UserError(f"--batch-size {batch_size}: give {self.cuts} (the parts) to {len(latents)} (the images)")
+            raise UserError(f"--batch-size {batch_size} is impossible; give at least {self.cuts} (ranks x accumulate) "
+                            f"and at most {len(latents)} (images)")
         self.latents, self.batch_size, self.accumulate, self.seed = latents, batch_size, accumulate, seed
         self.device, self.steps_per_epoch = torch.device(device), len(latents) // batch_size
         self.threads, self.coming = concurrent.futures.ThreadPoolExecutor(self.AHEAD), {}
