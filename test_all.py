@@ -2241,8 +2241,8 @@ def test_mask_sigma_and_rep_kd_change_only_the_representation_loss():
         rep[str(changes)] = parts.pop("rep")
         near(parts["kd"], golden("masked_kd_loss")["out.kd_loss"], 5e-5)
         near(parts["diffusion"], golden("masked_kd_loss")["out.gt"], 5e-5)
-    assert all((a < b).all() for a, b in itertools.pairwise(rep.values()) if a is not rep["{'mask_sigma': 4.0}"])
-    assert len({tuple(v.tolist()) for v in rep.values()}) >= 3
+    narrow, usual, wide, none = rep.values()
+    assert (narrow < usual).all() and (usual < wide).all() and (wide <= none).all()
 
 
 def test_the_learning_rate_halves_on_a_cosine():
@@ -2536,7 +2536,7 @@ def test_two_ranks_follow_one(latents, teachers, tmp_path):
         assert first == [0, 0] and 0 < min(last) and max(last) < facts["buckets"] == 6, facts
 
 
-def torchrun(agent_flags, flags, nodes=1):
+def torchrun(agent_flags, flags, nodes=1, **environment):
     """-> a function that starts distill.py under a torchrun agent of its own on loopback, as on one more machine."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
@@ -2544,7 +2544,7 @@ def torchrun(agent_flags, flags, nodes=1):
     rendezvous = [f"--nnodes={nodes}", "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}", "--rdzv-id=test"]
     command = [sys.executable, "-m", "torch.distributed.run", *rendezvous, *agent_flags, distill.__file__]
     return lambda: subprocess.Popen([*command, *map(str, flags)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-                                    text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+                                    text=True, env={**os.environ, "OMP_NUM_THREADS": "1", **environment})
 
 
 def wait_for_lines(out, count, agent):
@@ -2765,7 +2765,7 @@ prune --ckpt {files}/plain | add --model
 def test_mistakes_get_one_sentence(mistake, latents, teachers, tmp_path):
     (tmp_path / "junk").write_text("hello")
     torch.save(small("dit-tiny").state_dict(), tmp_path / "plain")
-    torch.save(dict(args=argparse.Namespace(lr=1), model={}), tmp_path / "release")  # as others save
+    torch.save(dict(args=argparse.Namespace(lr=1), step=1), tmp_path / "release")  # as others save
     command, words = mistake.format(files=tmp_path, teachers=teachers).split(" | ")
     stage, *flags = command.split()
     own = stage_flags(stage, "dit-tiny", latents, teachers, tmp_path / "out", steps=None if "1e308" in flags else 6)
@@ -2842,6 +2842,7 @@ def test_recomputing_blocks_changes_no_loss(name, latents, teachers, tmp_path):
         assert [line.get("loss") for line in log] == [line.get("loss") for line in log_of(tmp_path / stage)]
 
 
+@slow
 def test_two_machines_follow_one(latents, teachers, tmp_path):
     """Two torchrun agents (nnodes=2) on loopback: the losses of one rank, to float tolerance."""
     run(distill, *stage_flags("distill", "dit-tiny", latents, teachers, tmp_path / "one"))
@@ -2904,10 +2905,13 @@ def test_a_rank_shot_at_random_costs_nothing_but_time(latents, teachers, tmp_pat
 @slow
 @tried_twice
 def test_a_machine_that_joins_makes_the_run_wider(latents, teachers, tmp_path):
-    """torchrun --nnodes=1:2: the second agent comes when the first has trained for a while; both go on together."""
+    """torchrun --nnodes=1:2: the second agent comes when the first has trained for a while; both go on together.
+
+    The variable: agents that share their store give its address only at their first start, and the new one waits for it.
+    """
     flags = stage_flags("distill", "dit-tiny", latents, teachers, tmp_path, steps=300)
     agent_flags = ["--nproc_per_node=1", "--max-restarts=3", "--rdzv-conf=last_call_timeout=1"]
-    start = torchrun(agent_flags, flags, nodes="1:2")
+    start = torchrun(agent_flags, flags, nodes="1:2", TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")
     first = start()
     wait_for_lines(tmp_path, 20, first)
     second = start()
