@@ -177,6 +177,23 @@ def ideas() -> str:
     return table("criterion | scheme | FD after 100 steps, " + " | ".join(FREE), lines)
 
 
+def rivals(model="dit-tiny") -> str:
+    """What each criterion keeps, of 1:2 and free of it, and what becomes of it; a mean over its seeds."""
+    lines = []
+    for criterion in ("learned", "distilled", "lowest-loss", "greedy", "halving", "sensitivity", "oracle", "adapted",
+                      "probe", "bi", "flux-lite", "random"):
+        line = [criterion]
+        for scheme in ("1:2", FREE[model]):
+            loss = losses(model, FREE[model], 2 if scheme == "1:2" else None)
+            kept = [row["kept"] for row in choices(model, criterion=criterion, scheme=scheme)]
+            kept = [min(loss, key=loss.get)] if criterion == "lowest-loss" else kept
+            fd = [v[0] for k in kept if (v := recovered(model, k, 100, seeds=[0]))]
+            cuts = "; ".join(sorted(set(kept))) if len(set(kept)) < 3 else f"{len(set(kept))} cuts"
+            line += [cuts or "-", f"{statistics.mean(fd):.2f}" if fd and len(fd) == len(kept) else "-"]
+        lines.append(line)
+    return table(f"criterion | keeps at 1:2 | FD, 100 steps | keeps at {FREE[model]} | FD, 100 steps", lines)
+
+
 def modes() -> str:
     """Table 5 and figure 14 at home: one cut, recovered in every way."""
     kept, lines = "0 2 4 7 8 11", []
@@ -207,7 +224,7 @@ def scarce() -> str:
     return table("layers | cut | keeps | loss | FD, 100 steps | 800", lines)
 
 
-TABLES = dict(space=space, decisive=decisive, free=free, modes=modes, ideas=ideas, scarce=scarce) | {
+TABLES = dict(rivals=rivals, space=space, decisive=decisive, free=free, modes=modes, ideas=ideas, scarce=scarce) | {
     f"criteria-{model}": functools.partial(criteria, model) for model in FREE}
 
 # ---------------------------------------------------------------------------------------------------------------------
