@@ -2907,7 +2907,7 @@ def test_a_rank_shot_at_random_costs_nothing_but_time(latents, teachers, tmp_pat
 def test_a_machine_that_joins_makes_the_run_wider(latents, teachers, tmp_path):
     """torchrun --nnodes=1:2: the second agent comes when the first has trained for a while; both go on together.
 
-    The variable: agents that share their store give its address only at their first start, and the new one waits for it.
+    The variable: agents that share their store give its address at their first start alone, and a new one waits for it.
     """
     flags = stage_flags("distill", "dit-tiny", latents, teachers, tmp_path, steps=300)
     agent_flags = ["--nproc_per_node=1", "--max-restarts=3", "--rdzv-conf=last_call_timeout=1"]
