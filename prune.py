@@ -432,7 +432,8 @@ def cut(args, scheme: list, kept: list, device):
     net.keep_layers(kept)
     join_layers(net)
     facts = dict(depth=net.depths(), kept=kept, scheme=[list(g) for g in scheme], granularity=args.granularity)
-    return net, config | facts | dict(parent=args.ckpt or config["name"], criterion=args.criterion)
+    own = {k: config[k] for k in ("name", "overrides") if k in config}  # not how a student to be cut again was made
+    return net, own | facts | dict(parent=args.ckpt or config["name"], criterion=args.criterion)
 
 def logged(out: Path, key: str) -> list:
     """The lines of log.jsonl that hold `key`."""
