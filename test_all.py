@@ -1629,10 +1629,10 @@ def test_batches_prefetching_changes_nothing(tmp_path, monkeypatch):
     wants = {step: fresh(step) for step in range(8)}
     read, seen = Latents.read, []
 
-    def slow(self, places, pin=False):
+    def slow(self, places):
         seen.append(threading.get_ident())
         time.sleep(0.002 * (len(seen) % 3))  # parts are finished in another order
-        return read(self, places, pin)
+        return read(self, places)
 
     monkeypatch.setattr(Latents, "read", slow)
     batches = Batches(latents, 20, 3, 5, "cpu")
@@ -1653,6 +1653,7 @@ def test_batches_prefetching_changes_nothing(tmp_path, monkeypatch):
 
 def test_batches_leave_no_open_file_and_no_thread(tmp_path):
     write_latents(tmp_path / "latents")
+    gc.collect()
     fds, threads = Path("/proc/self/fd"), threading.active_count()
     files = len(list(fds.iterdir())) if fds.exists() else 0
     for _ in range(3):
@@ -1672,7 +1673,7 @@ def test_batches_say_what_failed_in_a_thread(tmp_path, monkeypatch):
     write_latents(tmp_path / "latents")
     batches = Batches(Latents(tmp_path / "latents"), 6, 1, 0, "cpu")
 
-    def broken(self, places, pin=False):
+    def broken(self, places):
         raise OSError(5, "Input/output error")
 
     monkeypatch.setattr(Latents, "read", broken)
