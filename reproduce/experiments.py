@@ -3,19 +3,23 @@
     python reproduce/experiments.py --list            # which cells docs/results lacks, and how long they would take
     python reproduce/experiments.py                   # computes them; --share 0/2 and --share 1/2: two processes
     python reproduce/experiments.py --only sit-tiny   # cells whose name contains a text
+    python reproduce/experiments.py --only speed      # the timings, which the others leave out: while nothing else runs
     python reproduce/experiments.py --again 2         # computes two finished cells of each kind anew and compares
     python reproduce/experiments.py --tables          # the tables, by report.py, which draws the pictures too
 
 A cell is a way through the stages. `losses`: the loss right after every cut of a scheme (prune.py --criterion
 lowest-loss). `choice`: what one criterion keeps. `recovery`: a cut, recovered for some steps, and the Fréchet distance
-of 500 samples. Each is written when it is done, so a kill loses one cell.
+of 500 samples. `speed`: a cut's forward pass. Each is written when it is done, so a kill loses one cell.
 """
 import argparse
 import contextlib
 import io
 import itertools
 import json
+import os
 import shutil
+import statistics
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -26,14 +30,17 @@ RESULTS, OUT = ROOT / "docs" / "results", ROOT / "out" / "experiments"
 FILES = {  # kind: (the fields that name a cell, how it was made)
     "losses": ("model scheme", "diffusion loss right after the cut, of every cut of the scheme, on 256 fixed draws "
                "(draws: on so many of another seed)"),
-    "choice": ("model criterion scheme delta_w seed",
+    "choice": ("model granularity parent criterion scheme delta_w seed",
                "seed: of the search, whose recipe is 250 steps of 64; loss: right after the cut; seconds: of the "
-               "choice, on a shared machine; draws: the choice was made on losses of so many draws of another seed"),
-    "recovery": ("model kept mode steps lr sigma seed",
-                 "seed: of the recovery, batch 64, lr 1e-3, EMA 0.999; fd: Fréchet distance of 500 samples, seed 0, "
+               "choice, on one core; draws: the choice was made on losses of so many draws of another seed"),
+    "recovery": ("model granularity parent kept teacher mode steps lr sigma seed",
+                 "seed: of the recovery, batch 64, lr 1e-3, EMA 0.999; parent: the layers of a half, recovered for 800 "
+                 "steps, that was cut again; teacher: whole or half; fd: Fréchet distance of 500 samples, seed 0, "
                  "on the digit classifier's features (DiT: ddim, 20 steps, guidance 1.5; SiT: ode-euler, 20 grid "
                  "points; MAR: 8 rounds, guidance 3); right: share read as the digit asked for; at: fd of earlier "
-                 "steps of the same run; seconds: of the recovery, on a shared machine")}
+                 "steps of the same run; seconds: of the recovery, on a shared machine"),
+    "speed": ("model granularity kept", "milliseconds of a forward pass of 32 rows, and of the uncut network's in turn "
+              "with it: medians of 15; on all cores")}
 FREE = {"dit-tiny": "6:12", "sit-tiny": "6:12", "mar-tiny": "3:6"}  # a group of MAR is of encoder or decoder
 SAMPLING = {"dit-tiny": "--sampler ddim --steps 20", "sit-tiny": "--sampler ode-euler --steps 20", "mar-tiny": ""}
 SPREAD = ["0 1 2 3 4 7", "0 1 4 7 9 11", "0 1 3 6 7 10", "0 1 5 6 7 9", "1 2 3 5 7 11", "1 3 4 6 7 11", "0 2 5 6 8 11",
@@ -63,8 +70,9 @@ def recovery(model, kept, steps, seed=0, mode="masked-kd", **more) -> dict:
 def plan(rows: list):
     """rows: what is known by now, as later cells recover what earlier ones chose."""
     loss = {(r["model"], r["scheme"]): r["losses"] for r in rows if r["kind"] == "losses"}
-    picked = lambda model, scheme: {r["kept"] for r in rows if r["kind"] == "choice" and r["model"] == model
-                                    and r["scheme"] == scheme and "delta_w" not in r}
+    plain = [r for r in rows if r["kind"] == "choice" and not {"granularity", "parent"} & {*r}]
+    picked = lambda model, scheme, **more: {r["kept"] for r in plain if (r["model"], r["scheme"]) == (model, scheme)
+                                            and more.items() <= r.items() and ("delta_w" not in r or more)}
     yield from (cell("losses", model=model, scheme=scheme) for model, scheme in FREE.items())
     yield from (cell("losses", model="dit-tiny", scheme=scheme) for scheme in ("4:12", "3:12"))
     for model, free in FREE.items():  # tables 1 and 2, and the rivals
@@ -85,27 +93,55 @@ def plan(rows: list):
     wanted = {name(recovery("dit-tiny", kept, 100)) for kept in grid}
     done = {row["kept"]: row["fd"] for row in rows if name(row) in wanted}
     learned, lowest = "0 2 4 7 8 11", "1 2 4 7 9 11"  # of 1:2
-    if len(done) == len(grid):  # a panel, spread over the ranks, for other lengths and another seed
-        order = sorted(grid, key=done.get)
-        panel = dict.fromkeys([*[order[round(i * 63 / 8)] for i in range(9)], lowest, learned])
-        for steps, seed in (25, 0), (100, 1), (400, 0):
-            yield from (recovery("dit-tiny", kept, steps, seed) for kept in panel)
+    order = sorted(done, key=done.get) if len(done) == len(grid) else []
+    panel = dict.fromkeys([*[order[round(i * 63 / 8)] for i in range(9)], lowest, learned] if order else [])
+    for steps, seed in (25, 0), (100, 1), (400, 0):  # cuts spread over the ranks: other lengths, and another seed
+        yield from (recovery("dit-tiny", kept, steps, seed) for kept in panel)
     yield from (recovery("dit-tiny", kept, 100) for kept in SPREAD)  # free of 1:2
     yield from (recovery("dit-tiny", kept, steps) for kept in (SPREAD[0], SPREAD[7]) for steps in (25, 400, 800))
-    yield from (recovery("dit-tiny", SPREAD[0], 100, mode=mode) for mode in ("finetune", "logits-kd"))
     for mode in ("masked-kd", "finetune", "logits-kd", "rep-kd"):  # table 5 and figure 14
         yield from (recovery("dit-tiny", learned, 100, seed, mode) for seed in range(3))
         yield recovery("dit-tiny", learned, 800, 0, mode, at=[200, 400])
-    for model in FREE:
-        kept = picked(model, "1:2") | picked(model, "3:6") | picked(model, "6:12")
-        for seed in range(3 if model == "dit-tiny" else 1):
-            yield from (recovery(model, k, 100, seed) for k in sorted(kept))
+    yield from (recovery("dit-tiny", SPREAD[0], steps, mode=mode) for mode in ("finetune", "logits-kd")
+                for steps in (100, 800))
+    for seed in range(3):  # what the criteria chose
+        for model in FREE:
+            kept = picked(model, "1:2") | picked(model, "3:6") | picked(model, "6:12")
+            yield from (recovery(model, k, 100, seed) for k in sorted(kept) if model == "dit-tiny" or seed < 2)
     for groups, free in ((4, "4:12"), (3, "3:12")):
         of_all = loss.get(("dit-tiny", free), {})
         of_grid = [k for k in of_all if len({int(i) // (12 // groups) for i in k.split()}) == groups]
         kept = picked("dit-tiny", f"1:{12 // groups}") | picked("dit-tiny", free)
         kept |= {min(cuts, key=of_all.get) for cuts in (of_all, of_grid) if cuts}
         yield from (recovery("dit-tiny", k, steps) for steps in (100, 800) for k in sorted(kept))
+
+    for sigma in (0.1, 1, 4):  # table 5
+        yield from (recovery("dit-tiny", learned, 100, seed, sigma=sigma) for seed in range(3))
+        yield recovery("dit-tiny", learned, 800, sigma=sigma)
+    yield from (recovery("dit-tiny", learned, 800, lr=lr) for lr in (2e-3, 5e-4, 2.5e-4))  # table 8
+    for model in FREE:  # sublayers: 2 of the 4 halves of two blocks, and any half of a list
+        for criterion, scheme in itertools.product(("learned", "sensitivity"), ("2:4", "6:12")):
+            yield cell("choice", model=model, granularity="sublayer", criterion=criterion, scheme=scheme, seed=0)
+        kept = {r["kept"] for r in rows if r["kind"] == "choice" and r["model"] == model and "granularity" in r}
+        yield from (recovery(model, k, 100, granularity="sublayer") for k in sorted(kept))
+    yield cell("choice", model="dit-tiny", parent=learned, criterion="learned", scheme="1:2", seed=0)  # table 7
+    quarters = [(r.get("parent"), r["kept"]) for r in rows if r["kind"] == "choice" and r["criterion"] == "learned" and
+                r["seed"] == 0 and (r.get("parent"), r["scheme"]) in ((learned, "1:2"), (None, "1:4"))]
+    yield from (recovery("dit-tiny", kept, 800, **dict(parent=parent) if parent else {}, teacher=teacher)
+                for parent, kept in quarters for teacher in ("whole", "half"))
+    for delta, scheme in itertools.product(("lora", "full", "frozen"), ("1:2", "2:4", "6:12")):  # table 4
+        more = {} if delta == "lora" else dict(delta_w=delta)
+        yield from (cell("choice", model="dit-tiny", criterion="learned", scheme=scheme, seed=k, **more)
+                    for k in range(3))
+    found = set.union(*(picked("dit-tiny", scheme, criterion="learned") for scheme in ("1:2", "2:4", "6:12")))
+    yield from (recovery("dit-tiny", kept, 100, seed) for kept in sorted(found) for seed in range(3))
+    flat = [SPREAD[0], learned, lowest, SPREAD[7], *order[-1:]]  # until the curves are flat
+    yield from (recovery("dit-tiny", kept, steps) for steps in (800, 1600) for kept in flat)
+
+    yield from (cell("speed", model="dit-tiny", kept=range(n)) for n in (12, 9, 6, 4, 3, 2, 1))  # figure 4
+    for r in rows:
+        if r["kind"] == "choice" and "granularity" in r:
+            yield cell("speed", model=r["model"], granularity="sublayer", kept=r["kept"])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -119,6 +155,26 @@ def call(stage, *arguments):
         stage.main()
 
 
+def scheme_of(row: dict) -> str:
+    """Keep so many of any layers of a list: MAR has two lists."""
+    lists, of = 2 if row["model"] == "mar-tiny" else 1, 12 * (2 if "granularity" in row else 1)
+    return f"{len(row['kept'].split()) // lists}:{of // lists // (2 if 'parent' in row else 1)}"
+
+
+def half_of(row: dict, train: list) -> Path:
+    """The student that a row's parent names: made once, and kept."""
+    import distill
+    import prune
+    folder = OUT / f"half-{row['parent'].replace(' ', '-')}"
+    if not folder.exists():
+        work = folder.with_name(f"{folder.name}-{os.getpid()}")
+        call(prune, "--criterion", "indices", "--layers", row["parent"].replace(" ", ","), "--scheme", "6:12",
+             "--model", row["model"], "--out", work, *train)
+        call(distill, "--student", work / "shallow.pt", "--steps", 800, "--out", work, *train)
+        work.rename(folder) if not folder.exists() else shutil.rmtree(work)
+    return folder / "student.pt"
+
+
 def compute(row: dict) -> dict:
     """The finished row of a cell."""
     import distill
@@ -126,14 +182,20 @@ def compute(row: dict) -> dict:
     import model
     prune, work = ideas.prune, OUT / f"work-{name(row).replace(' ', '-').replace(':', '_')}"
     train = ["--latents", ROOT / "out" / "latents", "--resume", "never", "--dtype", "float32", "--device", "cpu"]
-    cut, started = ["--model", row["model"], "--out", work / "cut", *train], time.time()
+    parent = ["--ckpt", half_of(row, train)] if "parent" in row else ["--model", row["model"]]
+    cut = [*parent, "--granularity", row.get("granularity", "block"), "--out", work / "cut", *train]
     try:
-        if row["kind"] == "recovery":
-            scheme = f"{len(row['kept'].split())}:12" if FREE[row["model"]] == "6:12" else FREE[row["model"]]
-            call(prune, "--criterion", "indices", "--layers", row["kept"].replace(" ", ","), "--scheme", scheme, *cut)
+        if row["kind"] in ("recovery", "speed"):
+            layers = row["kept"].replace(" ", ",")
+            call(prune, "--criterion", "indices", "--layers", layers, "--scheme", scheme_of(row), *cut)
+            if row["kind"] == "speed":
+                return row | speed(row["model"], work / "cut" / "shallow.pt")
             flags, started = ["--mode", row["mode"], "--steps", row["steps"], "--seed", row["seed"]], time.time()
-            flags += [v for k in ("lr", "mask-sigma") if k in row for v in (f"--{k}", row[k])]
+            flags += [v for k, flag in (("lr", "--lr"), ("sigma", "--mask-sigma")) if k in row for v in (flag, row[k])]
             flags += ["--save-every", row["at"][0], "--keep", 99] if "at" in row else []
+            if "teacher" in row:
+                half = row | dict(parent=row.get("parent", "0 2 4 7 8 11"))
+                flags += ["--teacher", row["model"] if row["teacher"] == "whole" else half_of(half, train)]
             call(distill, "--student", work / "cut" / "shallow.pt", "--out", work / "student", *flags, *train)
             seconds = round(time.time() - started, 1)
             found = measure(row["model"], work / "student" / "student.pt", work / "samples") | dict(seconds=seconds)
@@ -141,7 +203,7 @@ def compute(row: dict) -> dict:
                 saved = {k: work / "student" / f"step-{k:08}.pt" for k in row["at"]}
                 found["at"] = {k: measure(row["model"], path, work / "samples")["fd"] for k, path in saved.items()}
             return row | found
-        criterion = row.get("criterion", "lowest-loss")
+        criterion, started = row.get("criterion", "lowest-loss"), time.time()
         flags = ["--delta-w", row["delta_w"]] if "delta_w" in row else []
         call(prune, "--criterion", criterion, "--scheme", row["scheme"], "--seed", row.get("seed", 0), *flags, *cut)
         log = [json.loads(line) for line in (work / "cut" / "log.jsonl").read_text().splitlines()]
@@ -155,6 +217,25 @@ def compute(row: dict) -> dict:
         return row | dict(kept=kept, loss=loss, seconds=seconds) | more
     finally:
         shutil.rmtree(work, ignore_errors=True)
+
+
+def speed(name: str, ckpt: Path) -> dict:
+    """Milliseconds of a forward pass of 32 rows, of the whole network and of the cut one, in turn."""
+    import torch
+
+    import model
+    nets, times = [model.load_model(*source, "cpu")[0] for source in ((name, None), (None, ckpt))], ([], [])
+    objective, y = nets[0].objective(), torch.arange(32) % nets[0].classes
+    x = torch.randn(32, nets[0].channels, nets[0].input_size, nets[0].input_size)
+    batch = objective.draw(x, y, model.RowNoise((0, 0), 0, 32, 32, torch.device("cpu")))
+    with torch.inference_mode():
+        for _ in range(16):
+            for net, own in zip(nets, times):
+                started = time.perf_counter()
+                objective.predict(net, batch)
+                own.append(1000 * (time.perf_counter() - started))
+    whole, cut = (round(statistics.median(own[1:]), 3) for own in times)
+    return dict(ms=cut, whole_ms=whole)
 
 
 def measure(model, ckpt, out) -> dict:
@@ -192,7 +273,7 @@ def write(rows: list):
 def seconds_of(row: dict) -> float:
     """A guess, for one core without AMX: layers that the steps and the samples go through."""
     if row["kind"] != "recovery":
-        return {"losses": 60, "choice": 50}[row["kind"]] * (2.5 if row["model"] == "mar-tiny" else 1)
+        return {"losses": 60, "choice": 30, "speed": 4}[row["kind"]] * (2.5 if row["model"] == "mar-tiny" else 1)
     passes = {"finetune": 3 * 6}.get(row["mode"], 12 + 3 * 6)
     return row["steps"] * passes * (0.023 if row["model"] == "mar-tiny" else 0.006) + 12 * (1 + len(row.get("at", ())))
 
@@ -200,7 +281,7 @@ def seconds_of(row: dict) -> float:
 def again(count: int, only: str):
     """Computes finished cells from their settings, and says whether the result is the same."""
     for kind, (fields, _) in FILES.items():
-        result = {"losses": "losses", "choice": "kept", "recovery": "fd"}[kind]
+        result = {"losses": "losses", "choice": "kept", "recovery": "fd", "speed": "ms"}[kind]
         for row in [row for row in known() if row["kind"] == kind and only in name(row)][:count]:
             new = compute({k: row[k] for k in ("kind", *fields.split()) if k in row})
             verdict = "same" if new[result] == row[result] else "DIFFERS"
@@ -225,10 +306,15 @@ def main():
     if args.again or args.tables:
         return again(args.again, args.only) if args.again else print_tables()
     OUT.mkdir(parents=True, exist_ok=True)
+    while not (args.list or (ROOT / "out" / "latents" / "meta.json").exists()):
+        if first == 0:
+            subprocess.run([sys.executable, "extract_latents.py", "--out", "out/latents"], cwd=ROOT, check=True)
+        time.sleep(1)
     while True:
         rows = known()
         have = {name(row) for row in rows}
-        left = list({name(c): c for c in plan(rows) if name(c) not in have and args.only in name(c)}.values())
+        wanted = lambda c: args.only in name(c) and (c["kind"] == "speed") == (args.only == "speed")
+        left = list({name(c): c for c in plan(rows) if name(c) not in have and wanted(c)}.values())
         print(f"{len(left)} cells left: about {sum(map(seconds_of, left)) / 3600:.1f} hours of one core", flush=True)
         if args.list or not left[first::step]:
             break
