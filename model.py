@@ -14,6 +14,7 @@ follows it: checkpoints and the plumbing (errors, ranks, progress, seeded noise)
 """
 import argparse
 import contextlib
+import ctypes
 import datetime
 import functools
 import hashlib
@@ -124,9 +125,8 @@ class Prunable:
         self.replace_layers([layer if i in set(kept) else None for i, layer in enumerate(self.layers())])
 
     def run_block(self, block, *args):
-        if self.checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, *args, use_reentrant=False)
-        return block(*args)
+        again = self.checkpointing and torch.is_grad_enabled()
+        return checkpoint(block, *args, use_reentrant=False) if again else block(*args)
 
 def block_plan(depth, lists: int) -> list:
     """Which halves each block of each list holds. depth: 14, [7, 7], or such a plan already."""
@@ -441,8 +441,7 @@ class DiffusionObjective:
 
     def draw(self, x, y, noise):
         """Latents x (B, C, H, W), labels y (B,), noise: RowNoise -> a batch: dict of tensors with B rows."""
-        t = (noise.uniform() * self.diffusion.steps).long()
-        eps = noise.normal(*x.shape[1:])
+        t, eps = (noise.uniform() * self.diffusion.steps).long(), noise.normal(*x.shape[1:])
         x_t = self.diffusion.q_sample(x, t, eps)
         return dict(x_start=x, x_t=x_t, t=t, eps=eps, y=drop_labels(y, noise, self.net.classes))
 
@@ -619,8 +618,8 @@ def checked_overrides(config: dict, state: dict) -> dict:
 
 def load_state(net: nn.Module, state: dict, source):
     """Puts `state` into `net`, all keys and shapes equal, as float32; UserError that names the first difference."""
-    looks = lambda v: tuple(v.shape) if v.is_floating_point() else v.dtype
-    wanted, found = ({k: looks(v) for k, v in tensors.items()} for tensors in (net.state_dict(), state))
+    looks = lambda tensors: {k: tuple(v.shape) if v.is_floating_point() else v.dtype for k, v in tensors.items()}
+    wanted, found = looks(net.state_dict()), looks(state)
     wrong = [k for k in wanted | found if wanted.get(k) != found.get(k)]
     if wrong:
         pair = f"{found.get(wrong[0], 'missing')} in the file, {wanted.get(wrong[0], 'none')} in the model"
@@ -655,9 +654,8 @@ def read_state(path, weights: str = "ema"):
             raise ValueError("it holds no weights")
         return state, config if isinstance(config, dict) and isinstance(config.get("name"), str) else None
 
-SAFETENSORS_TYPES = {
-    "F64": torch.double, "F32": torch.float, "F16": torch.half, "BF16": torch.bfloat16, "BOOL": torch.bool,
-    "I64": torch.long, "I32": torch.int, "I16": torch.short, "I8": torch.int8, "U8": torch.uint8}
+SAFETENSORS_TYPES = dict(F64=torch.double, F32=torch.float, F16=torch.half, BF16=torch.bfloat16, BOOL=torch.bool,
+                         I64=torch.long, I32=torch.int, I16=torch.short, I8=torch.int8, U8=torch.uint8)
 
 def read_safetensors(path):
     """-> views of the mapped file, config or None. 8 bytes of header length, a JSON header, raw little-endian bytes."""
@@ -788,19 +786,18 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise UserError(f"{message}; see {self.prog} --help")
 
-def number(kind, least=0, most=None, open_low=False):
+def number(kind, least=0, most=sys.float_info.max, open_low=False):
     """An argparse type: a finite number of a kind, int or float, from `least` (above it, if open_low) to `most`."""
-    limits = f"{'above' if open_low else 'of at least'} {least}" + ("" if most is None else f" and at most {most}")
+    limits = f"{'above' if open_low else 'of at least'} {least}" + f" and at most {most}" * (most < sys.float_info.max)
     def parse(text):
         with contextlib.suppress(ValueError, OverflowError):
             value = kind(text)
-            if math.isfinite(value) and least <= value <= (value if most is None else most):
-                if value > least or not open_low:
-                    return value
+            if (least < value if open_low else least <= value) and value <= most:
+                return value
         raise argparse.ArgumentTypeError(f"{text!r} is not a {'whole ' if kind is int else ''}number {limits}")
     return parse
 
-whole, real = functools.partial(number, int), functools.partial(number, float)  # whole(1); real(0, None, open_low=True)
+whole, real = functools.partial(number, int), functools.partial(number, float)  # whole(1); real(0, open_low=True)
 
 rank = lambda: dist.get_rank() if dist.is_initialized() else 0
 world_size = lambda: dist.get_world_size() if dist.is_initialized() else 1
@@ -816,6 +813,9 @@ def start_ranks(device: str = "auto") -> torch.device:
     place = torch.device(name)
     if place.type == "cuda":
         torch.cuda.set_device(place)
+    elif sys.platform == "linux":
+        for option, value in ((-4, 0), (-1, -1)):  # M_MMAP_MAX, M_TRIM_THRESHOLD: keep what large tensors leave, as
+            ctypes.CDLL(None).mallopt(option, value)  # the system would clear its pages anew for the next one
     if "RANK" in os.environ and not dist.is_initialized():
         # A rank may wait long for one that downloads, writes, or is slower. nccl would guess its device from the rank.
         backend, own = ("nccl", place) if place.type == "cuda" else ("gloo", None)
@@ -855,8 +855,7 @@ class Progress:
     """One line with rate and ETA, on rank 0's stderr: rewritten in place on a terminal, every 10 s in a log file."""
     def __init__(self, what: str, total: int, unit: str, done: int = 0):
         self.what, self.total, self.unit, self.first = what, total, unit, done
-        self.start = self.last = time.time()
-        self.tty = sys.stderr.isatty()
+        self.start, self.last, self.tty = time.time(), time.time(), sys.stderr.isatty()
 
     def update(self, done: int, note: str = ""):  # prints the line if it is time, and at the end
         now, ended = time.time(), done >= self.total
@@ -881,7 +880,8 @@ class RowNoise:
 
     def _draw(self, function, shape, lists=()):  # lists: leading dimensions, before the rows
         blocks = [function((*lists, self.block, *shape), generator=g, device=self.device) for g in self.generators]
-        return torch.cat(blocks, dim=len(lists)).movedim(len(lists), 0)[self.rows].movedim(0, len(lists))
+        whole = blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=len(lists))
+        return whole.narrow(len(lists), self.rows.start, self.rows.stop - self.rows.start)
 
     def normal(self, *shape) -> torch.Tensor:  # standard normal, (rows, *shape)
         return self._draw(torch.randn, shape)

@@ -1081,7 +1081,7 @@ model.run_main(main)
 def test_mistaken_flags_are_one_sentence(flags, words):
     parser = model.Parser("What it does.\n\n    as it is written")
     parser.add_argument("--steps", type=model.whole(1), required=True)
-    parser.add_argument("--lr", type=model.real(0, None, open_low=True))
+    parser.add_argument("--lr", type=model.real(0, open_low=True))
     with pytest.raises(UserError) as refusal:
         parser.parse_args(flags)
     assert words in str(refusal.value) and "--help" in str(refusal.value) and "\n" not in str(refusal.value)
@@ -1093,7 +1093,7 @@ def test_mistaken_flags_are_one_sentence(flags, words):
     (model.whole(), ["0", "7", "9" * 50], ["-1", "1.5", "1e3", "x", "", "nan", "inf", "0x10", "9" * 9999]),
     (model.whole(1, 3), ["1", "3"], ["0", "4", "-1"]),
     (model.real(0), ["0", "1e-9", "3", "1e300", "-0"], ["-1", "-1e-9", "nan", "inf", "-inf", "1e400", "x", ""]),
-    (model.real(0, None, open_low=True), ["1e-300"], ["0", "-0", "1e-400", "nan", "inf"]),
+    (model.real(0, open_low=True), ["1e-300"], ["0", "-0", "1e-400", "nan", "inf"]),
     (model.real(0, 1), ["0", "1", "0.5"], ["1.0001", "-0.1", "2", "nan"])])
 def test_flags_that_are_numbers(kind, good, bad):
     for text in good:

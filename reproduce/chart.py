@@ -14,48 +14,60 @@ from PIL import Image, ImageDraw, ImageFont
 from table import facts_of
 
 COLOURS = ["#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#444444"]
-TITLES = {"fid": "Fréchet distance", "images_per_s": "images/s", "depth": "layers"}
+TITLES = {"fid": "Frechet distance", "images_per_s": "images/s", "depth": "layers"}
 
 class Axes:
-    """A white picture with a title, two named axes with ticks, and places for numbers. log: y is logarithmic."""
+    """A white picture with a title, two named axes with ticks, and places for numbers. log: "x", "y" or "xy"."""
 
-    def __init__(self, title, x_name, y_name, xs, ys, size=(1000, 620), log=False):
+    def __init__(self, title, x_name, y_name, xs, ys, size=(1000, 620), log=""):
         self.image = Image.new("RGB", size, "white")
         self.draw, self.font = ImageDraw.Draw(self.image), ImageFont.load_default(20)
-        self.log, (self.width, self.height) = log, size
+        self.width, self.height = size
         self.left, self.right, self.top, self.bottom = 110, size[0] - 30, 96, size[1] - 80
-        self.x_range, self.y_range = self.span(xs), self.span(ys if not log else [math.log10(y) for y in ys])
+        self.x_scale, self.y_scale = (math.log10 if axis in log else float for axis in "xy")
+        self.x_range, self.y_range = self.span(map(self.x_scale, xs)), self.span(map(self.y_scale, ys))
         self.draw.text((size[0] / 2, 16), title, "black", ImageFont.load_default(24), anchor="ma")
         self.draw.text(((self.left + self.right) / 2, size[1] - 34), x_name, "black", self.font, anchor="ma")
         self.draw.text((12, 76), y_name, "black", self.font, anchor="lm")
-        for x in ticks(*self.x_range):
+        for x in ticks(*self.x_range, "x" in log):
             self.draw.line([(self.x(x), self.bottom), (self.x(x), self.bottom + 6)], "black")
             self.draw.text((self.x(x), self.bottom + 10), f"{x:g}", "black", self.font, anchor="ma")
-        for y in [10.0**e for e in ticks(*self.y_range)] if log else ticks(*self.y_range):
+        for y in ticks(*self.y_range, "y" in log):
             self.draw.line([(self.left, self.y(y)), (self.right, self.y(y))], "#dddddd")
             self.draw.text((self.left - 8, self.y(y)), f"{y:.3g}", "black", self.font, anchor="rm")
         self.draw.line([(self.left, self.top), (self.left, self.bottom), (self.right, self.bottom)], "black")
 
     @staticmethod
     def span(values):
-        low, high = min(values), max(values)
+        low, *_, high = sorted([*values] * 2)
         room = 0.05 * (high - low) or abs(high) or 1
         return low - room, high + room
 
     def x(self, value):
         low, high = self.x_range
-        return self.left + (self.right - self.left) * (value - low) / (high - low)
+        return self.left + (self.right - self.left) * (self.x_scale(value) - low) / (high - low)
 
     def y(self, value):
         low, high = self.y_range
-        value = math.log10(value) if self.log else value
-        return self.bottom - (self.bottom - self.top) * (value - low) / (high - low)
+        return self.bottom - (self.bottom - self.top) * (self.y_scale(value) - low) / (high - low)
 
     def line(self, points, colour, dots=True):
-        places = [(self.x(x), self.y(y)) for x, y in points]
-        self.draw.line(places, colour, 3)
-        for x, y in places if dots else []:
-            self.draw.ellipse([x - 5, y - 5, x + 5, y + 5], colour)
+        self.draw.line([(self.x(x), self.y(y)) for x, y in points], colour, 3)
+        for x, y in points if dots else []:
+            self.dot(x, y, colour)
+
+    def dot(self, x, y, colour, r=5, ring=False):
+        x, y = self.x(x), self.y(y)
+        self.draw.ellipse([x - r, y - r, x + r, y + r], colour, "white")
+        if ring:
+            self.draw.ellipse([x - r - 5, y - r - 5, x + r + 5, y + r + 5], outline=colour, width=3)
+
+    def note(self, x, y, text, colour, dx=14, dy=0, anchor="lm"):
+        """Text beside a point, with a line to it if it is far."""
+        x, y = self.x(x), self.y(y)
+        if abs(dy) > 20:
+            self.draw.line([(x, y), (x + dx - 4, y + dy)], colour)
+        self.draw.text((x + dx, y + dy), text, colour, self.font, anchor=anchor)
 
     def legend(self, names, colours):
         """A line above the picture."""
@@ -66,8 +78,10 @@ class Axes:
             self.draw.line([(x - 34, 77), (x - 8, 77)], colour, 4)
             x -= 56
 
-def ticks(low, high, most=7):
-    """Round numbers between low and high."""
+def ticks(low, high, log=False, most=7):
+    """Round numbers between low and high; log: those are exponents of ten."""
+    if log:
+        return [m * 10**e for e in range(-9, 12) for m in (1, 2, 5) if low <= math.log10(m * 10**e) <= high]
     step = next(m * 10.0**e for e in range(-9, 12) for m in (1, 2, 5) if (high - low) / (m * 10.0**e) <= most)
     return [k * step for k in range(math.ceil(low / step), math.floor(high / step) + 1)]
 

@@ -28,12 +28,12 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "reproduce")]
 RESULTS, OUT = ROOT / "docs" / "results", ROOT / "out" / "experiments"
 FILES = {  # kind: (the fields that name a cell, how it was made)
-    "losses": ("model scheme", "diffusion loss right after the cut, of every cut of the scheme, on 256 fixed draws "
-               "(draws: on so many of another seed)"),
-    "choice": ("model granularity parent criterion scheme delta_w seed",
+    "losses": ("model trained scheme", "diffusion loss right after the cut, of every cut of the scheme, on 256 fixed "
+               "draws (draws: on so many of another seed); trained: of a teacher of so few steps"),
+    "choice": ("model trained granularity parent criterion scheme delta_w seed",
                "seed: of the search, whose recipe is 250 steps of 64; loss: right after the cut; seconds: of the "
                "choice, on one core; draws: the choice was made on losses of so many draws of another seed"),
-    "recovery": ("model granularity parent kept teacher mode steps lr sigma seed",
+    "recovery": ("model trained granularity parent kept teacher mode steps lr sigma seed",
                  "seed: of the recovery, batch 64, lr 1e-3, EMA 0.999; parent: the layers of a half, recovered for 800 "
                  "steps, that was cut again; teacher: whole or half; fd: Fréchet distance of 500 samples, seed 0, "
                  "on the digit classifier's features (DiT: ddim, 20 steps, guidance 1.5; SiT: ode-euler, 20 grid "
@@ -69,8 +69,8 @@ def recovery(model, kept, steps, seed=0, mode="masked-kd", **more) -> dict:
 
 def plan(rows: list):
     """rows: what is known by now, as later cells recover what earlier ones chose."""
-    loss = {(r["model"], r["scheme"]): r["losses"] for r in rows if r["kind"] == "losses"}
-    plain = [r for r in rows if r["kind"] == "choice" and not {"granularity", "parent"} & {*r}]
+    loss = {(r["model"], r["scheme"]): r["losses"] for r in rows if r["kind"] == "losses" and "trained" not in r}
+    plain = [r for r in rows if r["kind"] == "choice" and not {"trained", "granularity", "parent"} & {*r}]
     picked = lambda model, scheme, **more: {r["kept"] for r in plain if (r["model"], r["scheme"]) == (model, scheme)
                                             and more.items() <= r.items() and ("delta_w" not in r or more)}
     yield from (cell("losses", model=model, scheme=scheme) for model, scheme in FREE.items())
@@ -115,6 +115,13 @@ def plan(rows: list):
         kept |= {min(cuts, key=of_all.get) for cuts in (of_all, of_grid) if cuts}
         yield from (recovery("dit-tiny", k, steps) for steps in (100, 800) for k in sorted(kept))
 
+    young = dict(model="dit-tiny", trained=2000)  # is it the teacher?
+    yield cell("losses", **young, scheme="6:12")
+    yield from (cell("choice", **young, criterion="learned", scheme=scheme, seed=0) for scheme in ("1:2", "6:12"))
+    kept = {r["kept"] for r in rows if r["kind"] == "choice" and "trained" in r}
+    for scores in [r["losses"] for r in rows if r["kind"] == "losses" and "trained" in r]:
+        kept |= {min(cuts, key=scores.get) for cuts in (scores, grid)}
+    yield from (recovery("dit-tiny", k, 100, trained=2000) for k in sorted(kept))
     for sigma in (0.1, 1, 4):  # table 5
         yield from (recovery("dit-tiny", learned, 100, seed, sigma=sigma) for seed in range(3))
         yield recovery("dit-tiny", learned, 800, sigma=sigma)
@@ -161,18 +168,31 @@ def scheme_of(row: dict) -> str:
     return f"{len(row['kept'].split()) // lists}:{of // lists // (2 if 'parent' in row else 1)}"
 
 
-def half_of(row: dict, train: list) -> Path:
-    """The student that a row's parent names: made once, and kept."""
-    import distill
-    import prune
-    folder = OUT / f"half-{row['parent'].replace(' ', '-')}"
+def made(name: str, commands) -> Path:
+    """The student.pt of a folder that several cells need: computed once, and kept. commands: of its --out."""
+    folder = OUT / name
     if not folder.exists():
-        work = folder.with_name(f"{folder.name}-{os.getpid()}")
-        call(prune, "--criterion", "indices", "--layers", row["parent"].replace(" ", ","), "--scheme", "6:12",
-             "--model", row["model"], "--out", work, *train)
-        call(distill, "--student", work / "shallow.pt", "--steps", 800, "--out", work, *train)
+        work = OUT / f"{name}-{os.getpid()}"
+        for stage, *flags in commands(work):
+            call(stage, *flags, "--out", work)
         work.rename(folder) if not folder.exists() else shutil.rmtree(work)
     return folder / "student.pt"
+
+
+def half_of(kept: str, train: list) -> Path:
+    """dit-tiny's half, recovered."""
+    import distill
+    import prune
+    cut = ["--criterion", "indices", "--layers", kept.replace(" ", ","), "--scheme", "6:12", "--model", "dit-tiny"]
+    return made(f"half-{kept.replace(' ', '-')}", lambda work: [
+        (prune, *cut, *train), (distill, "--student", work / "shallow.pt", "--steps", 800, *train)])
+
+
+def young_teacher(steps: int, train: list) -> Path:
+    """dit-tiny, trained like the bundled one but for fewer steps."""
+    import distill
+    recipe = "--mode scratch --model dit-tiny --batch-size 64 --lr 1.5e-3 --lr-end 0.01 --warmup 200 --ema 0.9995"
+    return made(f"teacher-{steps}", lambda work: [(distill, *recipe.split(), "--steps", steps, *train)])
 
 
 def compute(row: dict) -> dict:
@@ -182,8 +202,9 @@ def compute(row: dict) -> dict:
     import model
     prune, work = ideas.prune, OUT / f"work-{name(row).replace(' ', '-').replace(':', '_')}"
     train = ["--latents", ROOT / "out" / "latents", "--resume", "never", "--dtype", "float32", "--device", "cpu"]
-    parent = ["--ckpt", half_of(row, train)] if "parent" in row else ["--model", row["model"]]
-    cut = [*parent, "--granularity", row.get("granularity", "block"), "--out", work / "cut", *train]
+    source = ["--ckpt", half_of(row["parent"], train)] if "parent" in row else ["--model", row["model"]]
+    source = ["--ckpt", young_teacher(row["trained"], train)] if "trained" in row else source
+    cut = [*source, "--granularity", row.get("granularity", "block"), "--out", work / "cut", *train]
     try:
         if row["kind"] in ("recovery", "speed"):
             layers = row["kept"].replace(" ", ",")
@@ -194,8 +215,8 @@ def compute(row: dict) -> dict:
             flags += [v for k, flag in (("lr", "--lr"), ("sigma", "--mask-sigma")) if k in row for v in (flag, row[k])]
             flags += ["--save-every", row["at"][0], "--keep", 99] if "at" in row else []
             if "teacher" in row:
-                half = row | dict(parent=row.get("parent", "0 2 4 7 8 11"))
-                flags += ["--teacher", row["model"] if row["teacher"] == "whole" else half_of(half, train)]
+                half = lambda: half_of(row.get("parent", "0 2 4 7 8 11"), train)
+                flags += ["--teacher", row["model"] if row["teacher"] == "whole" else half()]
             call(distill, "--student", work / "cut" / "shallow.pt", "--out", work / "student", *flags, *train)
             seconds = round(time.time() - started, 1)
             found = measure(row["model"], work / "student" / "student.pt", work / "samples") | dict(seconds=seconds)

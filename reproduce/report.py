@@ -3,23 +3,24 @@
     python reproduce/report.py --tables               # every table
     python reproduce/report.py space modes            # these
     python reproduce/report.py --readme               # puts them into the README
-    python reproduce/report.py --pictures             # docs/space.png, docs/length.png
+    python reproduce/report.py --pictures             # docs/space.png, length.png, modes.png, speed.png
 
 FD is the Fréchet distance of 500 samples. "a ± b (n)" is the mean and the standard deviation over n seeds of the
 recovery; without ±, there is one. A cut's loss is the training loss right after the cut, before any recovery.
 """
 import functools
 import json
-import math
 import re
 import statistics
 import sys
 from pathlib import Path
 
-from PIL import Image, ImageDraw, ImageFont
 from scipy.stats import spearmanr
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "reproduce"))
+from chart import Axes
+
 FREE = {"dit-tiny": "6:12", "sit-tiny": "6:12", "mar-tiny": "3:6"}
 
 
@@ -28,11 +29,18 @@ def rows(kind: str) -> list:
     return json.loads((ROOT / "docs" / "results" / f"{kind}.json").read_text())["rows"]
 
 
-def recovered(model, kept, steps, mode="masked-kd", seeds=range(9)) -> list:
+PLAIN = dict(trained=None, granularity=None, parent=None, teacher=None, lr=None, sigma=None, delta_w=None)
+
+
+def fits(row, **wanted) -> bool:
+    """Whether a row has these settings, and the usual ones otherwise."""
+    return all(row.get(k) == v for k, v in (PLAIN | wanted).items())
+
+
+def recovered(model, kept, steps, mode="masked-kd", seeds=range(9), **settings) -> list:
     """The Fréchet distances of a cut recovered so, one per seed."""
-    wanted = dict(model=model, kept=kept, steps=steps, mode=mode, lr=None, sigma=None)
-    fits = lambda row: row["seed"] in seeds and all(row.get(k) == v for k, v in wanted.items())
-    return [row["fd"] for row in rows("recovery") if fits(row)]
+    wanted = dict(model=model, kept=kept, steps=steps, mode=mode, **settings)
+    return [row["fd"] for row in rows("recovery") if row["seed"] in seeds and fits(row, **wanted)]
 
 
 def spread(values: list) -> str:
@@ -41,9 +49,10 @@ def spread(values: list) -> str:
     return f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f} ({len(values)})"
 
 
-def losses(model: str, scheme: str, groups_of=None) -> dict:
+def losses(model: str, scheme: str, groups_of=None, trained=None) -> dict:
     """{kept: loss right after the cut}; groups_of 2: only the cuts that keep one of each two neighbours."""
-    found = next((row["losses"] for row in rows("losses") if (row["model"], row["scheme"]) == (model, scheme)), {})
+    wanted = dict(model=model, scheme=scheme, trained=trained)
+    found = next((row["losses"] for row in rows("losses") if fits(row, **wanted)), {})
     whole = lambda kept: len({int(i) // groups_of for i in kept.split()}) == len(kept.split())
     return {kept: loss for kept, loss in found.items() if not groups_of or whole(kept)}
 
@@ -54,8 +63,7 @@ def rank_of(kept, scores: dict) -> int:
 
 
 def choices(model, depth=6, **wanted) -> list:
-    found = [row for row in rows("choice") if row["model"] == model and all(row.get(k) == v for k, v in wanted.items())]
-    return [row for row in found if len(row["kept"].split()) == depth and "delta_w" not in row]
+    return [row for row in rows("choice") if fits(row, model=model, **wanted) and len(row["kept"].split()) == depth]
 
 
 def table(header: str, lines: list) -> str:
@@ -206,6 +214,34 @@ def modes() -> str:
     return table("mode | FD, a run of 100 steps | a run of 800: at 200 | at 400 | at its end", lines)
 
 
+def young() -> str:
+    """Is it the teacher? The same cuts of a teacher that was trained for 2,000 steps, not 11,000."""
+    lines = []
+    for trained in (None, 2000):
+        loss, named = losses("dit-tiny", "6:12", trained=trained), {}
+        grid = losses("dit-tiny", "6:12", 2, trained)
+        for scores, what in ((loss, "lowest loss of all 924"), (grid, "lowest loss of 1:2")):
+            if scores:
+                named.setdefault(min(scores, key=scores.get), []).append(what)
+        for scheme in ("6:12", "1:2"):
+            for row in choices("dit-tiny", criterion="learned", scheme=scheme, seed=0, trained=trained):
+                named.setdefault(row["kept"], []).append(f"learned {scheme}")
+        for kept, what in named.items():
+            fd = recovered("dit-tiny", kept, 100, seeds=[0], trained=trained)
+            lines.append([trained or 11000, "; ".join(what), kept, f"{loss[kept]:.3f}", rank_of(kept, loss),
+                          spread(fd)])
+    return table("teacher's steps | cut | keeps | loss | rank of 924 | FD, 100 steps", lines)
+
+
+def alone() -> str:
+    """What each layer is worth alone: the loss with it left out, less the whole network's."""
+    lines = []
+    for model in FREE:
+        for row in choices(model, criterion="sensitivity", scheme="1:2"):
+            lines.append([model, *[f"{score:.4f}" for score in row["scores"]]])
+    return table("model | " + " | ".join(map(str, range(12))), lines)
+
+
 def scarce() -> str:
     """Fewer layers: 12 -> 4 and 12 -> 3, dit-tiny."""
     lines = []
@@ -224,114 +260,187 @@ def scarce() -> str:
     return table("layers | cut | keeps | loss | FD, 100 steps | 800", lines)
 
 
-TABLES = dict(rivals=rivals, space=space, decisive=decisive, free=free, modes=modes, ideas=ideas, scarce=scarce) | {
-    f"criteria-{model}": functools.partial(criteria, model) for model in FREE}
+def groups() -> str:
+    """Table 4 at home: groups and dW; three searches each, and three recoveries of each cut."""
+    lines = []
+    for delta in ("lora", "full", "frozen"):
+        line = [delta]
+        for scheme in ("1:2", "2:4", "6:12"):
+            wanted = dict(criterion="learned", scheme=scheme, delta_w=None if delta == "lora" else delta)
+            kept = [row["kept"] for row in choices("dit-tiny", **wanted) if row["seed"] < 3]
+            fd = [v for k in kept for v in recovered("dit-tiny", k, 100)]
+            line += [f"{len(set(kept))} of {len(kept)}", spread(fd)] if fd else ["-", "-"]
+        lines.append(line)
+    return table("dW | cuts at 1:2 | FD | cuts at 2:4 | FD | cuts at 6:12 | FD", lines)
+
+
+def thresholds() -> str:
+    """Table 5 at home: which activations are masked."""
+    lines = []
+    for sigma, what in ((0.1, "0.1"), (1, "1"), (None, "2"), (4, "4")):
+        fd = [spread(recovered("dit-tiny", "0 2 4 7 8 11", steps, sigma=sigma)) for steps in (100, 800)]
+        lines.append([what, *fd])
+    lines.append(["none masked (rep-kd)", *[spread(recovered("dit-tiny", "0 2 4 7 8 11", steps, "rep-kd"))
+                                            for steps in (100, 800)]])
+    return table("masked beyond, in std | FD, 100 steps | 800", lines)
+
+
+def rates() -> str:
+    """Table 8 at home: the recovery's learning rate."""
+    return table("lr | FD, 800 steps", [
+        [f"{lr or 1e-3:g}", spread(recovered("dit-tiny", "0 2 4 7 8 11", 800, lr=lr))]
+        for lr in (2e-3, None, 5e-4, 2.5e-4)])
+
+
+def quarters() -> str:
+    """Table 7 at home: 12 -> 3 at once, or by way of a recovered half; and who teaches."""
+    lines = []
+    for parent, scheme, what in ((None, "1:4", "the whole, 1:4"), ("0 2 4 7 8 11", "1:2", "the half, 1:2")):
+        for row in choices("dit-tiny", 3, criterion="learned", scheme=scheme, parent=parent, seed=0):
+            layers = [int(i) for i in row["kept"].split()]
+            kept = [int(parent.split()[i]) for i in layers] if parent else layers
+            for teacher in ("whole", "half"):
+                fd = spread(recovered("dit-tiny", row["kept"], 800, parent=parent, teacher=teacher))
+                lines.append([what, " ".join(map(str, kept)), f"the {teacher}", fd])
+    return table("cut from | keeps, of the whole's layers | teacher | FD, 800 steps", lines)
+
+
+def sublayers() -> str:
+    """Blocks against halves of blocks (attention or MLP), half of the network each."""
+    lines, speeds = [], {(row["model"], row["kept"]): row["whole_ms"] / row["ms"] for row in rows("speed")}
+    for model in FREE:
+        blocks = speeds.get(("dit-tiny", "0 1 2 3 4 5")) if model == "dit-tiny" else None
+        for scheme in ("1:2", FREE[model]):
+            for row in choices(model, criterion="learned", scheme=scheme, seed=0):
+                fd = spread(recovered(model, row["kept"], 100, seeds=[0]))
+                lines.append([model, f"blocks, learned {scheme}", "-", f"{blocks:.2f}" if blocks else "-", fd])
+        for row in [row for row in rows("choice") if row["model"] == model and "granularity" in row]:
+            kept = [int(i) for i in row["kept"].split()]
+            fd = spread(recovered(model, row["kept"], 100, granularity="sublayer", seeds=[0]))
+            speed = speeds.get((model, row["kept"]))
+            lines.append([model, f"halves, {row['criterion']} {row['scheme']}", sum(i % 2 == 0 for i in kept),
+                          f"{speed:.2f}" if speed else "-", fd])
+    return table("model | layers | attentions of 12 halves | times as fast | FD, 100 steps", lines)
+
+
+def cost() -> str:
+    """What a choice takes beside a recovery, in seconds of one core: the least of the seeds."""
+    lines = []
+    for criterion in ("bi", "probe", "sensitivity", "greedy", "halving", "learned", "distilled", "lowest-loss"):
+        line = [criterion]
+        for scheme in ("1:2", "6:12"):
+            seconds = [row["seconds"] for row in choices("dit-tiny", criterion=criterion, scheme=scheme)]
+            line.append(f"{min(seconds):.0f}" if seconds else "-")
+        lines.append(line)
+    for steps in (100, 800):
+        seconds = [row["seconds"] for row in rows("recovery") if fits(
+            row, model="dit-tiny", mode="masked-kd", steps=steps) and len(row["kept"].split()) == 6]
+        lines.append([f"recovery, {steps} steps", *[f"{min(seconds):.0f}"] * 2])
+    return table("what | seconds, 1:2 | 6:12", lines)
+
+
+def speeds() -> str:
+    """Figure 4 at home: the forward pass against depth."""
+    found = sorted((r for r in rows("speed") if fits(r, model="dit-tiny")), key=lambda r: -len(r["kept"].split()))
+    return table("layers | ms | times as fast | 12 / layers", [
+        [n := len(row["kept"].split()), f"{row['ms']:.1f}", f"{row['whole_ms'] / row['ms']:.2f}", f"{12 / n:.2f}"]
+        for row in found])
+
+
+TABLES = dict(
+    rivals=rivals, space=space, decisive=decisive, free=free, modes=modes, ideas=ideas, scarce=scarce, groups=groups,
+    thresholds=thresholds, rates=rates, quarters=quarters, young=young, alone=alone, sublayers=sublayers, cost=cost,
+    speeds=speeds,
+    **{f"criteria-{model}": functools.partial(criteria, model) for model in FREE})
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Pictures.
 
-W, H, LEFT, RIGHT, TOP, BOTTOM = 1100, 700, 90, 30, 90, 80
 BLUE, RED, GREY, GREEN, ORANGE, PURPLE = "#1f77b4", "#d62728", "#999999", "#2ca02c", "#ff7f0e", "#9467bd"
-font = functools.cache(ImageFont.load_default)
 
 
-class Chart:
-    """Two logarithmic axes on a white picture."""
-
-    def __init__(self, title, subtitle, x_name, y_name, x_range, y_range, x_ticks):
-        self.image = Image.new("RGB", (W, H), "white")
-        self.draw = ImageDraw.Draw(self.image)
-        (x0, x1), (y0, y1) = x_range, y_range
-        self.x = lambda v: LEFT + (W - LEFT - RIGHT) * math.log(v / x0) / math.log(x1 / x0)
-        self.y = lambda v: TOP + (H - TOP - BOTTOM) * math.log(y1 / v) / math.log(y1 / y0)
-        self.draw.text((LEFT, 12), title, fill="black", font=font(26))
-        self.draw.text((LEFT, 48), subtitle, fill="#555555", font=font(19))
-        for v in x_ticks:
-            self.draw.line([(self.x(v), TOP), (self.x(v), H - BOTTOM)], fill="#e4e4e4")
-            self.draw.text((self.x(v), H - BOTTOM + 8), f"{v:g}", fill="black", font=font(20), anchor="ma")
-        for v in [v for v in (0.3, 0.5, 1, 2, 3, 5, 10, 20, 50) if y0 < v < y1]:
-            self.draw.line([(LEFT, self.y(v)), (W - RIGHT, self.y(v))], fill="#e4e4e4")
-            self.draw.text((LEFT - 10, self.y(v)), f"{v:g}", fill="black", font=font(20), anchor="rm")
-        self.draw.rectangle([LEFT, TOP, W - RIGHT, H - BOTTOM], outline="#888888")
-        self.draw.text(((W + LEFT - RIGHT) / 2, H - 38), x_name, fill="black", font=font(22), anchor="ma")
-        label = Image.new("RGB", (H - TOP - BOTTOM, 30), "white")
-        ImageDraw.Draw(label).text((label.width / 2, 4), y_name, fill="black", font=font(22), anchor="ma")
-        self.image.paste(label.rotate(90, expand=True), (4, TOP))
-
-    def dot(self, x, y, colour, r=6, shape="ellipse", ring=False):
-        x, y = self.x(x), self.y(y)
-        getattr(self.draw, shape)([x - r, y - r, x + r, y + r], fill=colour, outline="white")
-        if ring:
-            self.draw.ellipse([x - r - 5, y - r - 5, x + r + 5, y + r + 5], outline=colour, width=3)
-
-    def label(self, x, y, text, colour="black", anchor="lm", dx=14, dy=0):
-        self.draw.text((self.x(x) + dx, self.y(y) + dy), text, fill=colour, font=font(19), anchor=anchor)
-
-    def legend(self, entries, x, y):
-        for i, (colour, text) in enumerate(entries):
-            self.draw.ellipse([x, y + 28 * i - 7, x + 14, y + 28 * i + 7], fill=colour)
-            self.draw.text((x + 24, y + 28 * i), text, fill="black", font=font(19), anchor="lm")
+def key(axes, entries, x, y):
+    """What the colours are: entries of (colour, text), one below the other."""
+    for i, (colour, text) in enumerate(entries):
+        axes.draw.ellipse([x, y + 28 * i - 7, x + 14, y + 28 * i + 7], fill=colour)
+        axes.draw.text((x + 24, y + 28 * i), text, "black", axes.font, anchor="lm")
 
 
 def space_picture(steps=100):
     """Recovered distance against the loss right after the cut: all of 1:2, and cuts free of it."""
     loss, grid = losses("dit-tiny", "6:12"), losses("dit-tiny", "6:12", 2)
     fd = {kept: v[0] for kept in loss if (v := recovered("dit-tiny", kept, steps, seeds=[0]))}
-    chart = Chart(f"What becomes of a cut in {steps} steps of recovery",
-                  "dit-tiny, 12 layers -> 6; every dot is one cut; 500 samples each",
-                  "diffusion loss right after the cut (logarithmic)", "Frechet distance after recovery (logarithmic)",
-                  (0.15, 2.0), (min(fd.values()) * 0.85, max(fd.values()) * 1.2), (0.2, 0.3, 0.5, 1, 2))
-    colours = {"4 11": BLUE, "4 10": ORANGE, "5 11": PURPLE, "5 10": GREY}
+    axes = Axes(f"dit-tiny, 12 layers -> 6: what becomes of a cut in {steps} steps of recovery", "loss right after "
+                "the cut (both axes logarithmic)", "Frechet distance", [loss[kept] for kept in fd], fd.values(),
+                (1100, 720), "xy")
+    colours = {"4 and 11": BLUE, "4 and 10": ORANGE, "5 and 11": PURPLE, "5 and 10": GREY}
     for kept, value in fd.items():
-        if kept in grid:
-            layers = kept.split()
-            chart.dot(loss[kept], value, colours[f"{4 if '4' in layers else 5} {11 if '11' in layers else 10}"])
-        else:
-            chart.dot(loss[kept], value, GREEN, shape="rectangle")
+        layers = kept.split()
+        colour = colours[f"{4 if '4' in layers else 5} and {11 if '11' in layers else 10}"]
+        axes.dot(loss[kept], value, colour if kept in grid else GREEN, r=6)
     marks = {}
     for scheme in ("1:2", "3:6", "6:12"):
         for row in choices("dit-tiny", criterion="learned", scheme=scheme):
             marks.setdefault(row["kept"], {}).setdefault(scheme, []).append(row["seed"])
     for n, (kept, found) in enumerate((kept, found) for kept, found in marks.items() if kept in fd):
         text = ", ".join(f"{scheme}, {len(seeds)} seed{'s' * (len(seeds) > 1)}" for scheme, seeds in found.items())
-        x, y, dy = chart.x(loss[kept]), chart.y(fd[kept]), (60, 90, -30, 30, 30)[n]
-        chart.draw.line([(x, y), (x + 20, y + dy)], fill=RED)
-        chart.draw.text((x + 24, y + dy), f"learned {text}", fill=RED, font=font(19), anchor="lm")
-        chart.dot(loss[kept], fd[kept], RED, r=7, ring=True)
-    lowest = min(loss, key=loss.get), min(grid, key=grid.get)
-    for kept in lowest:
-        chart.dot(loss[kept], fd[kept], "black", r=7)
-    chart.label(loss[lowest[0]], fd[lowest[0]], "lowest loss of all 924", dy=20)
-    chart.label(loss[lowest[1]], fd[lowest[1]], "lowest loss of 1:2", anchor="rm", dx=-14)
-    entries = [(colour, f"1:2, keeps {layers.replace(' ', ' and ')}") for layers, colour in colours.items()]
-    chart.legend([*entries, (GREEN, "free of 1:2"), (RED, "learned")], LEFT + 16, TOP + 22)
-    chart.image.save(ROOT / "docs" / "space.png", optimize=True)
+        axes.note(loss[kept], fd[kept], f"learned {text}", RED, 24, (60, 90, -30, 30, 30)[n % 5])
+        axes.dot(loss[kept], fd[kept], RED, r=7, ring=True)
+    for scores, text, dx, anchor in ((loss, "lowest loss of all 924", 14, "lm"),
+                                     (grid, "lowest loss of 1:2", -14, "rm")):
+        kept = min(scores, key=scores.get)
+        axes.dot(loss[kept], fd[kept], "black", r=7)
+        axes.note(loss[kept], fd[kept], text, "black", dx, 20 if anchor == "lm" else 0, anchor)
+    entries = [(colour, f"1:2, keeps {layers}") for layers, colour in colours.items()]
+    key(axes, [*entries, (GREEN, "free of 1:2"), (RED, "learned")], axes.left + 16, axes.top + 22)
+    axes.image.save(ROOT / "docs" / "space.png", optimize=True)
 
 
 def length_picture():
     """What a longer recovery makes of a good cut and of a bad one."""
     loss, grid = losses("dit-tiny", "6:12"), losses("dit-tiny", "6:12", 2)
     fd, order = whole_space(100), sorted(loss, key=loss.get)
-    curves = [("highest FD of 1:2", max(fd, key=fd.get), GREY), ("median loss of all 924", "1 3 4 7 9 10", ORANGE),
+    curves = [("worst of 1:2", max(fd, key=fd.get), GREY), ("median loss of all 924", "1 3 4 7 9 10", ORANGE),
               ("learned, 1:2", "0 2 4 7 8 11", RED), ("lowest loss of 1:2", min(grid, key=grid.get), BLUE),
               ("lowest loss of all 924", order[0], "black")]
-    at = lambda kept: [(s, v[0]) for s in (25, 100, 400, 800) if (v := recovered("dit-tiny", kept, s, seeds=[0]))]
-    curves = [curve for curve in curves if len(at(curve[1])) > 1]
+    at = lambda kept: [(s, v[0]) for s in (25, 100, 400, 800, 1600)
+                       if (v := recovered("dit-tiny", kept, s, seeds=[0]))]
     points = {text: at(kept) for text, kept, _ in curves}
-    values = [v for line in points.values() for _, v in line]
-    chart = Chart("What a longer recovery makes of a cut",
-                  "dit-tiny, 12 -> 6, masked-kd; a dot is a run of its own, a square is a step of the run of 800",
-                  "steps of recovery (logarithmic)", "Frechet distance after recovery (logarithmic)", (20, 1000),
-                  (min(values) * 0.8, max(values) * 1.2), (25, 50, 100, 200, 400, 800))
+    axes = Axes("dit-tiny, 12 layers -> 6: what a longer recovery makes of a cut", "steps of recovery, each dot a run "
+                "of its own (both axes logarithmic)", "Frechet distance", [25, 1600],
+                [v for line in points.values() for _, v in line], (1100, 720), "xy")
     for text, _, colour in curves:
-        chart.draw.line([(chart.x(s), chart.y(v)) for s, v in points[text]], fill=colour, width=3)
-        for s, v in points[text]:
-            chart.dot(s, v, colour)
-    for row in [row for row in rows("recovery") if "at" in row and row["mode"] == "masked-kd"]:
-        for s, v in row["at"].items():
-            chart.dot(int(s), v, RED, r=4, shape="rectangle")
-    chart.legend([(colour, f"{text}: {kept}") for text, kept, colour in curves], W - 480, TOP + 22)
-    chart.image.save(ROOT / "docs" / "length.png", optimize=True)
+        axes.line(points[text], colour)
+    key(axes, [(colour, f"{text}: {kept}") for text, kept, colour in curves], axes.right - 440, axes.top + 22)
+    axes.image.save(ROOT / "docs" / "length.png", optimize=True)
+
+
+def modes_picture():
+    """Figure 14 at home."""
+    modes = dict(zip(("finetune", "logits-kd", "rep-kd", "masked-kd"), (GREY, ORANGE, GREEN, RED)))
+    lines = {}
+    for row in rows("recovery"):
+        if "at" in row and row["steps"] == 800 and row["mode"] in modes:
+            lines[row["mode"]] = [*((int(s), v) for s, v in row["at"].items()), (800, row["fd"])]
+    axes = Axes("dit-tiny, the learned cut: four ways to recover it", "step of a run of 800", "Frechet distance",
+                [200, 800], [v for line in lines.values() for _, v in line])
+    for mode, line in lines.items():
+        axes.line(line, modes[mode])
+    axes.legend(lines, [modes[mode] for mode in lines])
+    axes.image.save(ROOT / "docs" / "modes.png", optimize=True)
+
+
+def speed_picture():
+    """Figure 4 at home: how many times as fast a network of fewer layers is."""
+    found = sorted((len(row["kept"].split()), row["whole_ms"] / row["ms"]) for row in rows("speed")
+                   if fits(row, model="dit-tiny"))
+    curve = [(n / 4, 48 / n) for n in range(4, 49)]
+    axes = Axes("dit-tiny: speed of the forward pass against depth", "layers", "times as fast as 12 layers",
+                [1, 12], [1, 12])
+    axes.line(curve, GREY, dots=False)
+    axes.line(found, RED)
+    axes.legend(["measured", "12 / layers"], [RED, GREY])
+    axes.image.save(ROOT / "docs" / "speed.png", optimize=True)
 
 
 def fill(page: str) -> str:
@@ -342,8 +451,7 @@ def fill(page: str) -> str:
 
 def main():
     if "--pictures" in sys.argv:
-        space_picture()
-        return length_picture()
+        return [draw() for draw in (space_picture, length_picture, modes_picture, speed_picture)]
     if "--readme" in sys.argv:
         return (ROOT / "README.md").write_text(fill((ROOT / "README.md").read_text()))
     for name in [argument for argument in sys.argv[1:] if not argument.startswith("-")] or TABLES:
