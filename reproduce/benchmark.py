@@ -8,7 +8,9 @@ of it. The network is a DiT of width 384 and depth 12 on 256 tokens, with random
 bfloat16 is measured where it is native (--bf16: anyway). On CUDA the device is waited for, and peak memory is shown.
 """
 import argparse
+import contextlib
 import copy
+import io
 import json
 import os
 import statistics
@@ -27,8 +29,9 @@ sys.path.insert(0, str(ROOT))
 import distill
 import fid
 import prune
+import sample
 from extract_latents import SD, AutoencoderKL, Batches, Latents, encode_pixels, epoch_order
-from model import RowNoise, autocast, build_model, choose_dtype, freeze_linear
+from model import RowNoise, autocast, build_model, choose_dtype, freeze_linear, start_ranks
 from sample import SAMPLERS
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -363,8 +366,21 @@ def frechet(timer):
         times[what] = timer.once(lambda: values.update({what: way()}))
     timer.compare(times, note={what: f"distance {value:.8f}" for what, value in values.items()})
 
+def agreement(timer):
+    """Do images in bfloat16 agree with float32's? The Fréchet distance of 1,000 digits of the same noise, on the digit
+    classifier's features, beside that of another seed's. Only where bfloat16 is native, or with --bf16."""
+    ways = {"float32": "", "bfloat16": "--dtype bfloat16", "float32, another seed": "--seed 1"} if timer.bf16 else {}
+    base = f"--model dit-tiny --num-images 1000 --sampler ddim --steps 20 --device {timer.device} --out"
+    for what, flags in ways.items():
+        sys.argv = ["sample.py", *base.split(), f"{timer.folder}/{what}", *flags.split()]
+        with contextlib.redirect_stdout(io.StringIO()):
+            sample.main()
+    for what in list(ways)[1:]:
+        pair = (f"{timer.folder}/{name}/samples.npz" for name in (what, "float32"))
+        timer.row(what, fid.evaluate(*pair, cache=False, pr=False)["fid"], "from float32's images")
+
 PARTS = dict(peak=peak, sampling=sampling, distillation=distillation, pruning=pruning, flags=flags, vae=vae,
-             latents=latents, inception=inception, frechet=frechet)
+             latents=latents, inception=inception, frechet=frechet, agreement=agreement)
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -380,6 +396,7 @@ def main():
     add("--out", type=Path, default=ROOT / "out/benchmark.json", help="default: out/benchmark.json")
     args = parser.parse_args()
     timer, started = Timer(args), time.time()
+    start_ranks(args.device)  # as every stage does
     machine = torch.cuda.get_device_name() if timer.device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     print(f"{machine}, torch {torch.__version__}, {args.model}, batches of {args.batch_size}\n")
     print("| part | what | takes | speed | beside | |\n|---|---|---|---|---|---|")
