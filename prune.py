@@ -365,8 +365,7 @@ def indices(net, objective, batches, scheme, run) -> list:
     if kept[0] < 0 or kept[-1] >= depth:
         wrong = kept[0] if kept[0] < 0 else kept[-1]
         raise UserError(f"--layers names layer {wrong}, and there are layers 0 to {depth - 1}; change it")
-    for first, n, m in groups_of(scheme):
-        count = sum(first <= i < first + m for i in kept)
+    for (first, n, m), count in zip(groups_of(scheme), kept_of_groups(kept, scheme)):
         if count != n:
             raise UserError(f"--layers keeps {count} of layers {first} to {first + m - 1}, where --scheme says {n} of "
                             f"{m}; change one of the two")
@@ -378,6 +377,9 @@ def groups_of(scheme: list):
     for n, m in scheme:
         yield first, n, m
         first += m
+
+def kept_of_groups(kept: list, scheme: list) -> list:
+    return [sum(first <= i < first + m for i in kept) for first, _, m in groups_of(scheme)]
 
 CRITERIA = {"learned": learned, "bi": block_influence, "flux-lite": flux_lite, "sensitivity": sensitivity,
             "oracle": oracle, "probe": probe, "lowest-loss": lowest_loss, "random": random_layers, "indices": indices}
@@ -517,6 +519,9 @@ def main():
     run, objective = Run(args, device), net.objective()
     run.say(f"{args.criterion}: {config['name']}, {sum(net.depths())} layers, on {device} in {run.dtype_name}")
     kept = CRITERIA[args.criterion](net, objective, batches, scheme, run)
+    if kept_of_groups(kept, scheme) != [n for n, _ in scheme]:  # the oracle's groups are the lists, and L_Rep asks
+        lists = [(0, depth) for depth in net.depths()]
+        scheme = [(n, depth) for n, (_, depth) in zip(kept_of_groups(kept, lists), lists)]
     shallow, config = cut(args, scheme, kept, device)
     loss = calibration_loss(shallow, objective, calibration(objective, batches), run) if batches else None
     run.write(step=args.steps or 0, cut=kept, calibration_loss=loss)

@@ -2117,6 +2117,14 @@ def test_oracle_keeps_the_ends_of_every_list_and_spreads_the_rest():
     assert kept([4], [(1, 4)]) == [0]
 
 
+@pytest.mark.parametrize("given, written", [("1:2", [[1, 2], [1, 2]]), ("2:2,1:2", [[3, 4]])])
+def test_an_oracle_that_leaves_the_groups_writes_its_own(given, written, teachers, tmp_path):
+    """L_Rep matches layers by the groups that the file names."""
+    kept, _ = prune_with("oracle", "dit-tiny", "none", teachers, tmp_path, "--scheme", given)
+    assert weights_of(tmp_path / "shallow.pt", "config")["scheme"] == written
+    assert len(kept) == sum(n for n, _ in written)
+
+
 def test_random_keeps_n_of_each_group_and_follows_the_seed(teachers, tmp_path):
     kept = [prune_with("random", "dit-tiny", "none", teachers, tmp_path, "--scheme", "2:4", "--seed", seed)[0]
             for seed in (0, 0, 1, 2)]
