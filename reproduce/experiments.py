@@ -104,10 +104,8 @@ def plan(rows: list):
         yield recovery("dit-tiny", learned, 800, 0, mode, at=[200, 400])
     yield from (recovery("dit-tiny", SPREAD[0], steps, mode=mode) for mode in ("finetune", "logits-kd")
                 for steps in (100, 800))
-    for seed in range(3):  # what the criteria chose
-        for model in FREE:
-            kept = picked(model, "1:2") | picked(model, "3:6") | picked(model, "6:12")
-            yield from (recovery(model, k, 100, seed) for k in sorted(kept) if model == "dit-tiny" or seed < 2)
+    chosen = {model: sorted(picked(model, "1:2") | picked(model, "3:6") | picked(model, "6:12")) for model in FREE}
+    yield from (recovery(model, kept, 100) for model in FREE for kept in chosen[model])  # what the criteria chose
     for groups, free in ((4, "4:12"), (3, "3:12")):
         of_all = loss.get(("dit-tiny", free), {})
         of_grid = [k for k in of_all if len({int(i) // (12 // groups) for i in k.split()}) == groups]
@@ -122,10 +120,6 @@ def plan(rows: list):
     for scores in [r["losses"] for r in rows if r["kind"] == "losses" and "trained" in r]:
         kept |= {min(cuts, key=scores.get) for cuts in (scores, grid)}
     yield from (recovery("dit-tiny", k, 100, trained=2000) for k in sorted(kept))
-    for sigma in (0.1, 1, 4):  # table 5
-        yield from (recovery("dit-tiny", learned, 100, seed, sigma=sigma) for seed in range(3))
-        yield recovery("dit-tiny", learned, 800, sigma=sigma)
-    yield from (recovery("dit-tiny", learned, 800, lr=lr) for lr in (2e-3, 5e-4, 2.5e-4))  # table 8
     for model in FREE:  # sublayers: 2 of the 4 halves of two blocks, and any half of a list
         for criterion, scheme in itertools.product(("learned", "sensitivity"), ("2:4", "6:12")):
             yield cell("choice", model=model, granularity="sublayer", criterion=criterion, scheme=scheme, seed=0)
@@ -136,6 +130,12 @@ def plan(rows: list):
                 r["seed"] == 0 and (r.get("parent"), r["scheme"]) in ((learned, "1:2"), (None, "1:4"))]
     yield from (recovery("dit-tiny", kept, 800, **dict(parent=parent) if parent else {}, teacher=teacher)
                 for parent, kept in quarters for teacher in ("whole", "half"))
+    for sigma in (0.1, 1, 4):  # table 5
+        yield from (recovery("dit-tiny", learned, 100, seed, sigma=sigma) for seed in range(3))
+        yield recovery("dit-tiny", learned, 800, sigma=sigma)
+    yield from (recovery("dit-tiny", learned, 800, lr=lr) for lr in (2e-3, 5e-4, 2.5e-4))  # table 8
+    yield from (recovery(model, kept, 100, seed) for seed, model in ((1, "sit-tiny"), (1, "dit-tiny"), (2, "dit-tiny"),
+                                                                     (2, "sit-tiny")) for kept in chosen[model])
     for delta, scheme in itertools.product(("lora", "full", "frozen"), ("1:2", "2:4", "6:12")):  # table 4
         more = {} if delta == "lora" else dict(delta_w=delta)
         yield from (cell("choice", model="dit-tiny", criterion="learned", scheme=scheme, seed=k, **more)
@@ -340,12 +340,10 @@ def main():
         if args.list or not left[first::step]:
             break
         for row in left[first::step]:
-            if args.list:
-                break
-            began = time.time()
-            done = compute(row)
-            (OUT / f"{name(row).replace(' ', '_').replace(':', '-')}.json").write_text(json.dumps(done))
-            print(f"{name(row)}: {time.time() - began:.0f} s", flush=True)
+            file, began = OUT / f"{name(row).replace(' ', '_').replace(':', '-')}.json", time.time()
+            if not file.exists():  # by the other process, whose list may be another by now
+                file.write_text(json.dumps(compute(row)))
+                print(f"{name(row)}: {time.time() - began:.0f} s", flush=True)
     if args.list:
         print("\n".join(map(name, left)))
     else:
