@@ -32,7 +32,7 @@ FILES = {  # kind: (the fields that name a cell, how it was made)
                "draws (draws: on so many of another seed); trained: of a teacher of so few steps"),
     "choice": ("model trained granularity parent criterion scheme delta_w seed",
                "seed: of the search, whose recipe is 250 steps of 64; loss: right after the cut; seconds: of the "
-               "choice, on one core; draws: the choice was made on losses of so many draws of another seed"),
+               "choice, on a shared machine; draws: the choice was made on losses of so many draws of another seed"),
     "recovery": ("model trained granularity parent kept teacher mode steps lr sigma seed",
                  "seed: of the recovery, batch 64, lr 1e-3, EMA 0.999; parent: the layers of a half, recovered for 800 "
                  "steps, that was cut again; teacher: whole or half; fd: Fréchet distance of 500 samples, seed 0, "

@@ -161,12 +161,11 @@ def criteria(model: str) -> str:
     for (_, scheme, criterion, kept), same in sorted(found.items()):
         seeds = ", ".join(str(row["seed"]) for row in same)
         loss = f"{same[0]['loss']:.3f}" if "loss" in same[0] else "-"
-        cost = f"{statistics.mean(row['seconds'] for row in same):.0f}"
         fd = [spread(recovered(model, kept, steps)) for steps in lengths]
         if {*fd} != {"-"}:
-            lines.append([criterion, scheme, seeds, kept, loss, cost, *fd])
+            lines.append([criterion, scheme, seeds, kept, loss, *fd])
     last = "".join(f" | FD, {steps} steps" for steps in lengths)
-    return table("criterion | scheme | its seeds | keeps | loss | seconds" + last, lines)
+    return table("criterion | scheme | its seeds | keeps | loss" + last, lines)
 
 
 def ideas() -> str:
