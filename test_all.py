@@ -3591,6 +3591,7 @@ def test_the_tables_of_the_readme_are_those_of_the_results():
     report = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(report)
     assert README.count("<!-- report ") >= 2 and report.fill(README) == README
+    assert (ROOT / "docs/results/README.md").read_text() == report.page()
 
 
 def test_imports_follow_the_pipeline():

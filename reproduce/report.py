@@ -2,7 +2,7 @@
 
     python reproduce/report.py --tables               # every table
     python reproduce/report.py space modes            # these
-    python reproduce/report.py --readme               # puts them into the README
+    python reproduce/report.py --readme               # puts them into the README, and all into docs/results/README.md
     python reproduce/report.py --pictures             # docs/space.png, length.png, modes.png, speed.png
 
 FD is the Fréchet distance of 500 samples. "a ± b (n)" is the mean and the standard deviation over n seeds of the
@@ -26,7 +26,8 @@ FREE = {"dit-tiny": "6:12", "sit-tiny": "6:12", "mar-tiny": "3:6"}
 
 @functools.cache
 def rows(kind: str) -> list:
-    return json.loads((ROOT / "docs" / "results" / f"{kind}.json").read_text())["rows"]
+    file = ROOT / "docs" / "results" / f"{kind}.json"
+    return json.loads(file.read_text())["rows"] if file.exists() else []
 
 
 PLAIN = dict(trained=None, granularity=None, parent=None, teacher=None, lr=None, sigma=None, delta_w=None)
@@ -448,10 +449,20 @@ def fill(page: str) -> str:
     return marked.sub(lambda m: f"{m[1]}{TABLES[m[2]]()}\n{m[3]}", page)
 
 
+def page() -> str:
+    """Every table, under the first line of its function's docstring."""
+    text = "# The experiments\n\nWritten by `python reproduce/report.py --readme`. What the numbers are:\n\n"
+    text += "\n".join(__doc__.strip().splitlines()[-2:]) + "\n"
+    for name, lines in TABLES.items():
+        text += f"\n## {name}\n\n{getattr(lines, 'func', lines).__doc__.splitlines()[0]}\n\n{lines()}\n"
+    return text
+
+
 def main():
     if "--pictures" in sys.argv:
         return [draw() for draw in (space_picture, length_picture, modes_picture, speed_picture)]
     if "--readme" in sys.argv:
+        (ROOT / "docs" / "results" / "README.md").write_text(page())
         return (ROOT / "README.md").write_text(fill((ROOT / "README.md").read_text()))
     for name in [argument for argument in sys.argv[1:] if not argument.startswith("-")] or TABLES:
         print(f"\n## {name}\n\n{TABLES[name]()}")
