@@ -115,11 +115,11 @@ def plan(rows: list):
 
     young = dict(model="dit-tiny", trained=2000)  # is it the teacher?
     yield cell("losses", **young, scheme="6:12")
-    yield from (cell("choice", **young, criterion="learned", scheme=scheme, seed=0) for scheme in ("1:2", "6:12"))
-    kept = {r["kept"] for r in rows if r["kind"] == "choice" and "trained" in r}
-    for scores in [r["losses"] for r in rows if r["kind"] == "losses" and "trained" in r]:
+    for scores in [r["losses"] for r in rows if r["kind"] == "losses" and "trained" in r]:  # so it is there
+        yield from (cell("choice", **young, criterion="learned", scheme=scheme, seed=0) for scheme in ("1:2", "6:12"))
+        kept = {r["kept"] for r in rows if r["kind"] == "choice" and "trained" in r}
         kept |= {min(cuts, key=scores.get) for cuts in (scores, grid)}
-    yield from (recovery("dit-tiny", k, 100, trained=2000) for k in sorted(kept))
+        yield from (recovery("dit-tiny", k, 100, trained=2000) for k in sorted(kept))
     for model in FREE:  # sublayers: 2 of the 4 halves of two blocks, and any half of a list
         for criterion, scheme in itertools.product(("learned", "sensitivity"), ("2:4", "6:12")):
             yield cell("choice", model=model, granularity="sublayer", criterion=criterion, scheme=scheme, seed=0)
@@ -129,21 +129,22 @@ def plan(rows: list):
     quarters = [(r.get("parent"), r["kept"]) for r in rows if r["kind"] == "choice" and r["criterion"] == "learned" and
                 r["seed"] == 0 and (r.get("parent"), r["scheme"]) in ((learned, "1:2"), (None, "1:4"))]
     yield from (recovery("dit-tiny", kept, 800, **dict(parent=parent) if parent else {}, teacher=teacher)
-                for parent, kept in quarters for teacher in ("whole", "half"))
+                for parent, kept in quarters if len(quarters) == 2 for teacher in ("whole", "half"))
+    yield from (recovery("sit-tiny", kept, 100, 1) for kept in chosen["sit-tiny"])
+    flat = [SPREAD[0], learned, *order[-1:]]  # until the curves are flat
+    yield from (recovery("dit-tiny", kept, steps) for steps in (800, 1600) for kept in flat)
     for sigma in (0.1, 1, 4):  # table 5
         yield from (recovery("dit-tiny", learned, 100, seed, sigma=sigma) for seed in range(3))
         yield recovery("dit-tiny", learned, 800, sigma=sigma)
     yield from (recovery("dit-tiny", learned, 800, lr=lr) for lr in (2e-3, 5e-4, 2.5e-4))  # table 8
-    yield from (recovery(model, kept, 100, seed) for seed, model in ((1, "sit-tiny"), (1, "dit-tiny"), (2, "dit-tiny"),
-                                                                     (2, "sit-tiny")) for kept in chosen[model])
+    yield from (recovery(model, kept, 100, seed) for seed, model in ((1, "dit-tiny"), (2, "dit-tiny"), (2, "sit-tiny"))
+                for kept in chosen[model])
     for delta, scheme in itertools.product(("lora", "full", "frozen"), ("1:2", "2:4", "6:12")):  # table 4
         more = {} if delta == "lora" else dict(delta_w=delta)
         yield from (cell("choice", model="dit-tiny", criterion="learned", scheme=scheme, seed=k, **more)
                     for k in range(3))
     found = set.union(*(picked("dit-tiny", scheme, criterion="learned") for scheme in ("1:2", "2:4", "6:12")))
     yield from (recovery("dit-tiny", kept, 100, seed) for kept in sorted(found) for seed in range(3))
-    flat = [SPREAD[0], learned, lowest, SPREAD[7], *order[-1:]]  # until the curves are flat
-    yield from (recovery("dit-tiny", kept, steps) for steps in (800, 1600) for kept in flat)
 
     yield from (cell("speed", model="dit-tiny", kept=range(n)) for n in (12, 9, 6, 4, 3, 2, 1))  # figure 4
     for r in rows:
