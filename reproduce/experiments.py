@@ -106,6 +106,11 @@ def plan(rows: list):
                 for steps in (100, 800))
     chosen = {model: sorted(picked(model, "1:2") | picked(model, "3:6") | picked(model, "6:12")) for model in FREE}
     yield from (recovery(model, kept, 100) for model in FREE for kept in chosen[model])  # what the criteria chose
+    yield from (cell("choice", model=model, criterion=criterion, scheme="1:2", seed=seed)  # the best idea, again
+                for model in ("sit-tiny", "mar-tiny") for criterion in ("learned", "adapted") for seed in (1, 2))
+    rivals = set.union(*(picked("mar-tiny", "1:2", criterion=k) for k in ("learned", "adapted", "lowest-loss")))
+    yield from (recovery("mar-tiny", kept, 100, 1) for kept in sorted(rivals))
+    yield from (recovery("sit-tiny", kept, 100, 1) for kept in chosen["sit-tiny"])
     for groups, free in ((4, "4:12"), (3, "3:12")):
         of_all = loss.get(("dit-tiny", free), {})
         of_grid = [k for k in of_all if len({int(i) // (12 // groups) for i in k.split()}) == groups]
@@ -113,13 +118,6 @@ def plan(rows: list):
         kept |= {min(cuts, key=of_all.get) for cuts in (of_all, of_grid) if cuts}
         yield from (recovery("dit-tiny", k, steps) for steps in (100, 800) for k in sorted(kept))
 
-    young = dict(model="dit-tiny", trained=2000)  # is it the teacher?
-    yield cell("losses", **young, scheme="6:12")
-    for scores in [r["losses"] for r in rows if r["kind"] == "losses" and "trained" in r]:  # so it is there
-        yield from (cell("choice", **young, criterion="learned", scheme=scheme, seed=0) for scheme in ("1:2", "6:12"))
-        kept = {r["kept"] for r in rows if r["kind"] == "choice" and "trained" in r}
-        kept |= {min(cuts, key=scores.get) for cuts in (scores, grid)}
-        yield from (recovery("dit-tiny", k, 100, trained=2000) for k in sorted(kept))
     for model in FREE:  # sublayers: 2 of the 4 halves of two blocks, and any half of a list
         for criterion, scheme in itertools.product(("learned", "sensitivity"), ("2:4", "6:12")):
             yield cell("choice", model=model, granularity="sublayer", criterion=criterion, scheme=scheme, seed=0)
@@ -130,12 +128,17 @@ def plan(rows: list):
                 r["seed"] == 0 and (r.get("parent"), r["scheme"]) in ((learned, "1:2"), (None, "1:4"))]
     yield from (recovery("dit-tiny", kept, 800, **dict(parent=parent) if parent else {}, teacher=teacher)
                 for parent, kept in quarters if len(quarters) == 2 for teacher in ("whole", "half"))
-    yield from (recovery("sit-tiny", kept, 100, 1) for kept in chosen["sit-tiny"])
+    young = dict(model="dit-tiny", trained=2000)  # is it the teacher?
+    yield cell("losses", **young, scheme="6:12")
+    for scores in [r["losses"] for r in rows if r["kind"] == "losses" and "trained" in r]:  # so it is there
+        yield from (cell("choice", **young, criterion="learned", scheme=scheme, seed=0) for scheme in ("1:2", "6:12"))
+        kept = {r["kept"] for r in rows if r["kind"] == "choice" and "trained" in r}
+        kept |= {min(cuts, key=scores.get) for cuts in (scores, grid)}
+        yield from (recovery("dit-tiny", k, 100, trained=2000) for k in sorted(kept))
     flat = [SPREAD[0], learned, *order[-1:]]  # until the curves are flat
     yield from (recovery("dit-tiny", kept, steps) for steps in (800, 1600) for kept in flat)
     for sigma in (0.1, 1, 4):  # table 5
         yield from (recovery("dit-tiny", learned, 100, seed, sigma=sigma) for seed in range(3))
-        yield recovery("dit-tiny", learned, 800, sigma=sigma)
     yield from (recovery("dit-tiny", learned, 800, lr=lr) for lr in (2e-3, 5e-4, 2.5e-4))  # table 8
     yield from (recovery(model, kept, 100, seed) for seed, model in ((1, "dit-tiny"), (2, "dit-tiny"), (2, "sit-tiny"))
                 for kept in chosen[model])

@@ -170,19 +170,23 @@ def criteria(model: str) -> str:
 
 
 def ideas() -> str:
-    """The paper's search and its rivals, averaged over what their seeds chose; one seed of the recovery."""
-    lines = []
+    """The paper's search and its rivals: mean (range) over what their seeds chose and over the recovery's seeds."""
+    lines, first = [], {}
     for criterion in ("learned", "distilled", "greedy", "adapted", "halving", "lowest-loss", "random"):
         for free in (False, True):
-            line = [criterion, "free" if free else "1:2"]
+            line, means = [criterion, "free" if free else "1:2"], []
             for model in FREE:
-                scheme = FREE[model] if free else "1:2"
-                kept = [row["kept"] for row in choices(model, criterion=criterion, scheme=scheme)]
-                fd = [v[0] for k in kept if (v := recovered(model, k, 100, seeds=[0]))]
-                line.append(f"{statistics.mean(fd):.2f}" if fd and len(fd) == len(kept) else "-")
-            lines.append(line)
-    lines = [line for line in lines if set(line[2:]) != {"-"}]
-    return table("criterion | scheme | FD after 100 steps, " + " | ".join(FREE), lines)
+                found = choices(model, criterion=criterion, scheme=FREE[model] if free else "1:2")
+                fd = [v for row in found for v in recovered(model, row["kept"], 100)]
+                means.append(statistics.mean(fd) if fd else None)
+                alike = len(set(fd)) < 2
+                line.append(f"{means[-1]:.2f}" + ("" if alike else f" ({min(fd):.2f} to {max(fd):.2f})") if fd else "-")
+            if None not in means:
+                together = statistics.geometric_mean(means)
+                line.append(f"{together / first.setdefault(free, together):.2f}")
+                lines.append(line)
+    names = " | ".join(f"FD, {model}" for model in FREE)
+    return table(f"criterion | scheme | {names} | all three, beside learned (geometric mean)", lines)
 
 
 def rivals(model="dit-tiny") -> str:
