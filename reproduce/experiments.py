@@ -150,6 +150,8 @@ def plan(rows: list):
     yield from (recovery("dit-tiny", kept, 100, seed) for kept in sorted(found) for seed in range(3))
 
     yield from (cell("speed", model="dit-tiny", kept=range(n)) for n in (12, 9, 6, 4, 3, 2, 1))  # figure 4
+    yield from (cell("speed", model=model, kept=kept) for model in FREE
+                for kept in sorted(picked(model, "1:2", criterion="learned")))
     for r in rows:
         if r["kind"] == "choice" and "granularity" in r:
             yield cell("speed", model=r["model"], granularity="sublayer", kept=r["kept"])
