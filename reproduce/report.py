@@ -326,7 +326,8 @@ def sublayers() -> str:
 def cost() -> str:
     """What a choice takes beside a recovery, in seconds of one core: the least of the seeds."""
     lines = []
-    for criterion in ("bi", "probe", "sensitivity", "greedy", "halving", "learned", "distilled", "lowest-loss"):
+    for criterion in ("bi", "probe", "sensitivity", "greedy", "halving", "adapted", "learned", "distilled",
+                      "lowest-loss"):
         line = [criterion]
         for scheme in ("1:2", "6:12"):
             seconds = [row["seconds"] for row in choices("dit-tiny", criterion=criterion, scheme=scheme)]
@@ -392,7 +393,7 @@ def space_picture(steps=100):
                                      (grid, "lowest loss of 1:2", -14, "rm")):
         kept = min(scores, key=scores.get)
         axes.dot(loss[kept], fd[kept], "black", r=7)
-        axes.note(loss[kept], fd[kept], text, "black", dx, 20 if anchor == "lm" else 0, anchor)
+        axes.note(loss[kept], fd[kept], text, "black", dx, 0, anchor)
     entries = [(colour, f"1:2, keeps {layers}") for layers, colour in colours.items()]
     key(axes, [*entries, (GREEN, "free of 1:2"), (RED, "learned")], axes.left + 16, axes.top + 22)
     axes.image.save(ROOT / "docs" / "space.png", optimize=True)
