@@ -23,7 +23,7 @@ import math
 import torch
 
 from extract_latents import Batches, Latents, check_fit
-from model import (MODELS, Parser, UserError, build_model, load_model, locate, mix, rank, read_state, real, run_main,
+from model import (MODELS, Parser, UserError, build_model, load_model, locate, make_seed, rank, read_state, real, run_main,
                    save_checkpoint, start_ranks, whole)
 from prune import (Run, adamw, add_training_arguments, draw_losses, ema_update, fill_defaults, join_layers,
                    split_layers)
@@ -101,8 +101,8 @@ def recover(net, average, teacher, objective, batches, pairs: list, run, config:
         optimizer.param_groups[0]["lr"] = args.lr * lr_factor(step, args.steps, args.warmup, args.lr_end)
         beta = args.beta * (1 - step / args.steps)
         for part, (x, y, noise) in enumerate(batches(step)):  # all parts of the batch that are this rank's
-            torch.manual_seed(mix(args.seed, step, rank(), part))  # of MAR's dropout
-            batch = objective.draw(x, y, noise)
+            torch.manual_seed(make_seed(args.seed, step, rank(), part))  # of MAR's dropout
+            batch = objective.make_batch(x, y, noise)
             with run.autocast():
                 out = objective.predict(net, batch)
                 loss = objective.loss(out, batch)  # (b,)
@@ -160,7 +160,7 @@ def load_student(args, device):
     """-> network, its config."""
     if args.mode != "scratch":
         return load_model(args.model, args.student, device, args.weights)
-    torch.manual_seed(mix(args.seed, 1))
+    torch.manual_seed(make_seed(args.seed, 1))
     net = build_model(args.model or "dit-tiny", args.depth).to(device)
     return net, dict(name=args.model or "dit-tiny", depth=net.depths())
 

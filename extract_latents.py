@@ -41,9 +41,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 
-from model import (ROOT, Parser, Progress, RowNoise, UserError, autocast, barrier, choose_dtype, fetch, load_state,
-                   locate, mix, on_rank_0, rank, read_state, reading, run_main, start_ranks, whole, world_size,
-                   write_whole)
+from model import (ROOT, Parser, Progress, RowGenerator, UserError, autocast, barrier, choose_dtype, fetch, load_state,
+                   locate, make_seed, on_rank_0, rank, read_state, reading, run_main, start_ranks, whole, world_size,
+                   atomic_write)
 
 DIGITS = ROOT / "data" / "mnist_train10k.npz"
 
@@ -357,7 +357,7 @@ def missing_shards(out: Path, meta: dict, resume: str):
             return print("nothing to encode: it is all there")
     else:
         shutil.rmtree(out / "shards", ignore_errors=True)
-        write_whole(file, lambda path: path.write_text(json.dumps(meta | dict(complete=False))))
+        atomic_write(file, lambda path: path.write_text(json.dumps(meta | dict(complete=False))))
     missing = [i for i in range(-(-meta["count"] // meta["shard"])) if not (out / f"shards/{i:06}.npz").exists()]
     need = (len(missing) * meta["shard"] + meta["count"]) * meta["flips"] * 4 * math.prod(meta["shape"])  # bytes
     if need > shutil.disk_usage(out).free:
@@ -385,7 +385,7 @@ def write_shards(vae, images, labels, shards: list, out: Path, meta: dict, args)
             batches = torch.from_numpy(np.stack(pixels)).split(meta["batch_size"])
             moments = np.concatenate([encode_pixels(vae, batch.to(device), meta["flips"]) for batch in batches])
             contents = dict(moments=moments, labels=y, problems=np.array(problems, str))
-            write_whole(out / f"shards/{shards[k]:06}.npz", lambda path: save(np.savez, path, **contents))
+            atomic_write(out / f"shards/{shards[k]:06}.npz", lambda path: save(np.savez, path, **contents))
             progress.update(sum(map(len, rows_of[: k + 1])))
 
 def save(function, path, *arrays, **named_arrays):
@@ -404,10 +404,10 @@ def join_shards(out: Path, meta: dict):
                 labels.append(shard["labels"])
                 problems.extend(shard["problems"].tolist())
 
-    write_whole(out / "moments.npy", lambda path: save(write_moments, path))
-    write_whole(out / "labels.npy", lambda path: save(np.save, path, np.concatenate(labels)))
+    atomic_write(out / "moments.npy", lambda path: save(write_moments, path))
+    atomic_write(out / "labels.npy", lambda path: save(np.save, path, np.concatenate(labels)))
     meta = meta | dict(skipped=problems, complete=True)
-    write_whole(out / "meta.json", lambda path: path.write_text(json.dumps(meta)))
+    atomic_write(out / "meta.json", lambda path: path.write_text(json.dumps(meta)))
     shutil.rmtree(out / "shards")
     for left_by_a_kill in out.glob(".*.tmp"):
         left_by_a_kill.unlink()
@@ -451,24 +451,24 @@ class Latents:
         return out
 
     def load(self, rows, noise, pin=False):
-        """-> moments (B, 2C, H, W), of the image or its mirror image, labels (B,). noise: RowNoise in one block."""
+        """-> moments (B, 2C, H, W), of the image or its mirror image, labels (B,). noise: RowGenerator in one block."""
         flips, y = self.moments.shape[1], torch.from_numpy(self.labels[rows])
-        mirrored = noise.host.random(noise.block)[noise.rows] < 0.5 if flips == 2 else 0
+        mirrored = noise.shared.random(noise.block)[noise.rows] < 0.5 if flips == 2 else 0
         moments = self.read(flips * self.rows[rows] + mirrored)
         return (moments.pin_memory(), y.pin_memory()) if pin else (moments, y)
 
-    def draw(self, moments, y, noise):
+    def sample_posterior(self, moments, y, noise):
         """-> x (B, C, H, W) float32, from the posterior and scaled; y (B,). On the device of the noise."""
         mean, std = moments.to(noise.device, non_blocking=True).float().chunk(2, dim=1)
         return noise.normal(*self.shape).mul_(std).add_(mean).mul_(self.scale), y.to(noise.device, non_blocking=True)
 
     def batch(self, rows, noise, device="cpu"):
-        return self.draw(*self.load(rows, noise, torch.device(device).type == "cuda"), noise)
+        return self.sample_posterior(*self.load(rows, noise, torch.device(device).type == "cuda"), noise)
 
 @functools.lru_cache(maxsize=4)
 def epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
     """The order of an epoch: a permutation that depends on (seed, epoch) alone, the same on every rank."""
-    return np.random.default_rng(mix(seed, epoch)).permutation(n)
+    return np.random.default_rng(make_seed(seed, epoch)).permutation(n)
 
 class Batches:
     """batches(step) yields this rank's parts of the global batch of `step`: latents x, labels y, noise.
@@ -491,7 +491,7 @@ class Batches:
             ahead = range(i, i + 1 + self.AHEAD)
             self.coming = {j: self.coming.get(j) or self.threads.submit(self.prepare, j) for j in ahead}
             x, y, noise = self.coming.pop(i).result()
-            yield *(self.latents.draw(x, y, noise) if self.device.type == "cuda" else (x, y)), noise
+            yield *(self.latents.sample_posterior(x, y, noise) if self.device.type == "cuda" else (x, y)), noise
 
     def prepare(self, i: int):
         """Part i: for CUDA its moments, in pinned memory; for the CPU the latents drawn from them."""
@@ -500,7 +500,7 @@ class Batches:
         part = rank() * self.accumulate + micro
         start, stop = (self.batch_size * p // self.cuts for p in (part, part + 1))
         rows = epoch_order(len(self.latents), self.seed, epoch)[place * self.batch_size :][start:stop]
-        noise = RowNoise((self.seed, step), start, stop, self.batch_size, self.device)
+        noise = RowGenerator((self.seed, step), start, stop, self.batch_size, self.device)
         on_cuda = self.device.type == "cuda"
         return *(self.latents.load(rows, noise, pin=True) if on_cuda else self.latents.batch(rows, noise)), noise
 

@@ -429,7 +429,7 @@ def statistics(images, net, key, features, batch_size, device, keep, cache):
         stats = compute_statistics(images, net, batch_size, device, keep)
         if cache and stats:
             with contextlib.suppress(OSError):  # a read-only folder: compute again next time
-                write_whole(path, lambda file: np.savez(file, key=key, **stats))
+                atomic_write(path, lambda file: np.savez(file, key=key, **stats))
     return stats
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -528,7 +528,7 @@ def main():
             print(f"  {title:<16}{result[name]:>12.4f}   {better} is better")
     if args.json:
         try:
-            write_whole(args.json, lambda file: file.write((line + "\n").encode()))
+            atomic_write(args.json, lambda file: file.write((line + "\n").encode()))
         except OSError as error:
             raise UserError(f"cannot write {args.json} ({error.strerror}): give another --json FILE") from error
 
@@ -598,11 +598,11 @@ def download(url, path):
             raise OSError(f"the connection broke after {file.tell()} of {size} bytes")
 
     try:
-        write_whole(path, transfer)
+        atomic_write(path, transfer)
     except Exception as error:  # of the network, the server or the disk
         raise UserError(f"cannot download {url} ({error}): fetch it by hand and put it at {path}") from error
 
-def write_whole(path, write):
+def atomic_write(path, write):
     """write(file) under a temporary name, then rename: nobody ever reads half a file."""
     temporary = Path(path).with_name(f".{Path(path).name}.{os.urandom(4).hex()}.tmp")
     try:

@@ -5,7 +5,7 @@
     net = build_model("dit-xl", depth=14)          # fresh weights; state-dict keys are those of the official releases
     net, config = load_model("dit-xl")             # the official weights (downloaded once); or ckpt=FILE
     objective = net.objective()                    # what the families differ in
-    batch = objective.draw(x, y, noise)            # all the randomness of a training step, for teacher and student
+    batch = objective.make_batch(x, y, noise)            # all the randomness of a training step, for teacher and student
     out = objective.predict(net, batch)            # deterministic
     loss = objective.loss(out, batch)              # (B,)
 
@@ -429,9 +429,9 @@ def flat_mean(x):  # (N, ...) -> (N,)
 # ---------------------------------------------------------------------------------------------------------------------
 # Training objectives. draw: the randomness of one training step; predict: the network's answer; loss, kd: per sample.
 
-def drop_labels(y, noise, classes, probability=0.1):
+def drop_labels(y, rng, classes, probability=0.1):
     """Replaces a tenth of the labels by the null label, so that one network learns both sides of guidance."""
-    return torch.where(noise.uniform() < probability, classes, y)
+    return torch.where(rng.uniform() < probability, classes, y)
 
 class DiffusionObjective:
     """DiT: noise prediction at a uniform timestep, learned variances."""
@@ -439,11 +439,11 @@ class DiffusionObjective:
     def __init__(self, net):
         self.net, self.diffusion = net, GaussianDiffusion(self.schedule)
 
-    def draw(self, x, y, noise):
-        """Latents x (B, C, H, W), labels y (B,), noise: RowNoise -> a batch: dict of tensors with B rows."""
-        t, eps = (noise.uniform() * self.diffusion.steps).long(), noise.normal(*x.shape[1:])
+    def make_batch(self, x, y, rng):
+        """Latents x (B, C, H, W), labels y (B,), rng: RowGenerator -> a batch: dict of tensors with B rows."""
+        t, eps = (rng.uniform() * self.diffusion.steps).long(), rng.normal(*x.shape[1:])
         x_t = self.diffusion.q_sample(x, t, eps)
-        return dict(x_start=x, x_t=x_t, t=t, eps=eps, y=drop_labels(y, noise, self.net.classes))
+        return dict(x_start=x, x_t=x_t, t=t, eps=eps, y=drop_labels(y, rng, self.net.classes))
 
     def predict(self, net, batch):
         return net(*(batch[k] for k in self.inputs))
@@ -459,10 +459,10 @@ class DiffusionObjective:
 
 class InterpolantObjective(DiffusionObjective):
     """SiT: x_t = t x_1 + (1 - t) x_0 from noise x_0 to data x_1; the network predicts the velocity x_1 - x_0."""
-    def draw(self, x, y, noise):  # t is uniform on [0, 1)
-        t, eps = noise.uniform(), noise.normal(*x.shape[1:])
+    def make_batch(self, x, y, rng):  # t is uniform on [0, 1)
+        t, eps = rng.uniform(), rng.normal(*x.shape[1:])
         s = t.view(-1, 1, 1, 1)
-        return dict(x_t=s * x + (1 - s) * eps, t=t, velocity=x - eps, y=drop_labels(y, noise, self.net.classes))
+        return dict(x_t=s * x + (1 - s) * eps, t=t, velocity=x - eps, y=drop_labels(y, rng, self.net.classes))
 
     def loss(self, out, batch):
         return flat_mean((out.float() - batch["velocity"]) ** 2)
@@ -475,17 +475,17 @@ class MaskedTokenObjective(DiffusionObjective):
     schedule, inputs = "cosine", ("tokens", "y", "known", "hidden", "x_t", "t")
     repeats = 4  # diffusion_batch_mul: timesteps per token, since the small network is cheap beside the encoder
     mask_ratio = scipy.stats.truncnorm(-0.3 / 0.25, 0, loc=1.0, scale=0.25)
-    def draw(self, x, y, noise):
+    def make_batch(self, x, y, rng):
         """All rows hide the same number of tokens, each in a random order of its own."""
         tokens = self.net.patchify(x)  # (B, T, C)
-        count = math.ceil(tokens.shape[1] * self.mask_ratio.ppf(noise.host.random()))
-        order = noise.uniform(tokens.shape[1]).argsort(dim=1)
+        count = math.ceil(tokens.shape[1] * self.mask_ratio.ppf(rng.shared.random()))
+        order = rng.uniform(tokens.shape[1]).argsort(dim=1)
         hidden, known = order[:, :count].sort(dim=1)[0], order[:, count:].sort(dim=1)[0]
         x_start = gather_tokens(tokens, hidden)[:, None].expand(-1, self.repeats, -1, -1)  # (B, R, M, C)
-        t = (noise.uniform(self.repeats, count) * self.diffusion.steps).long()
-        eps = noise.normal(*x_start.shape[1:])
+        t = (rng.uniform(self.repeats, count) * self.diffusion.steps).long()
+        eps = rng.normal(*x_start.shape[1:])
         x_t = self.diffusion.q_sample(x_start.flatten(0, 2), t.flatten(), eps.flatten(0, 2)).view_as(eps)
-        y = drop_labels(y, noise, self.net.classes)
+        y = drop_labels(y, rng, self.net.classes)
         return dict(tokens=tokens, y=y, known=known, hidden=hidden, x_start=x_start, x_t=x_t, t=t, eps=eps)
 
     def per_sample(self, function, *values):
@@ -688,7 +688,7 @@ def reading(path):
         words = " ".join(str(e).split())[:100] or type(e).__name__
         raise UserError(f"{path} cannot be read, it is damaged or of another kind ({words}); give another file") from e
 
-def write_whole(path, write):
+def atomic_write(path, write):
     """write(temporary), then rename: a file is there whole or not at all."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -705,7 +705,7 @@ def write_whole(path, write):
             temporary.unlink()
 
 def save_checkpoint(path, **contents):
-    write_whole(path, lambda temporary: torch.save(contents, temporary))
+    atomic_write(path, lambda temporary: torch.save(contents, temporary))
 
 def locate(path_or_url: str) -> Path:  # a path as it is; a URL downloaded to weights/
     if not re.match(r"https?://", str(path_or_url)):
@@ -844,7 +844,7 @@ def choose_dtype(name: str, device) -> torch.dtype:
 def autocast(device, dtype):
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
-def freeze_linear(net: nn.Module, dtype):
+def cast_frozen(net: nn.Module, dtype):
     """Casts the weights that are not trained to the dtype of the forward pass, once. Autocast would cast them at each
     call: it remembers the result only for those that require a gradient."""
     for module in net.modules():
@@ -867,7 +867,7 @@ class Progress:
         start, end = ("\r\033[K" if self.tty else ""), ("" if self.tty and not ended else "\n")
         print(start + line, end=end, file=sys.stderr, flush=True)
 
-class RowNoise:
+class RowGenerator:
     """Random numbers for rows [start, stop) of a larger whole, the same whoever computes them. The whole is cut into
     blocks of `block` rows; each has a generator, seeded with (*key, block index), that draws for all its rows, of which
     we keep ours. In training the block is the global batch and the key (seed, step); in sampling it is 16 images and
@@ -875,8 +875,8 @@ class RowNoise:
     def __init__(self, key: tuple, start: int, stop: int, block: int, device="cpu"):
         first, last = start // block, -(-stop // block)
         self.block, self.rows, self.device = block, slice(start - first * block, stop - first * block), device
-        self.generators = [torch.Generator(device).manual_seed(mix(*key, b)) for b in range(first, last)]
-        self.host = np.random.default_rng(mix(*key))  # for the few draws that all rows share and Python needs to know
+        self.generators = [torch.Generator(device).manual_seed(make_seed(*key, b)) for b in range(first, last)]
+        self.shared = np.random.default_rng(make_seed(*key))  # for the few draws that all rows share and Python needs to know
 
     def _draw(self, function, shape, lists=()):  # lists: leading dimensions, before the rows
         blocks = [function((*lists, self.block, *shape), generator=g, device=self.device) for g in self.generators]
@@ -892,7 +892,7 @@ class RowNoise:
     def gumbel(self, *shape, lists=()) -> torch.Tensor:  # Gumbel(0, 1) = -log of an exponential, (*lists, rows, *shape)
         return -(-torch.log1p(-self.uniform(*shape, lists=lists))).clamp_min(1e-20).log()
 
-def mix(*key: int) -> int:
+def make_seed(*key: int) -> int:
     """A tuple of whole numbers -> one well-mixed 63-bit seed (neighbouring steps get unrelated streams)."""
     return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> np.uint64(1))
 

@@ -39,9 +39,9 @@ from PIL import Image, ImageDraw, ImageFont
 
 from extract_latents import Batches, Latents, check_fit
 from model import (
-    HALVES, MODELS, Parser, Progress, Stopped, UserError, autocast, barrier, choose_dtype, freeze_linear, load_model,
-    mix, on_rank_0, rank, read_torch, reading, real, run_main, save_checkpoint, start_ranks, whole, world_size,
-    write_whole)
+    HALVES, MODELS, Parser, Progress, Stopped, UserError, autocast, barrier, choose_dtype, cast_frozen, load_model,
+    make_seed, on_rank_0, rank, read_torch, reading, real, run_main, save_checkpoint, start_ranks, whole, world_size,
+    atomic_write)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Groups and their candidate masks.
@@ -195,7 +195,7 @@ def learned(net, objective, batches, scheme, run) -> list:
     """TinyFusion's criterion: logits (lr 1e-3) and dW (lr 1e-4) trained together, tau from 4 to 0.1, as in its release.
     No teacher takes part: the loss is the family's own. The network stays in eval mode: MAR's dropout (the paper says
     nothing of it) would add noise to the comparison of the masks."""
-    torch.manual_seed(mix(run.args.seed, 2))  # LoRA's A
+    torch.manual_seed(make_seed(run.args.seed, 2))  # LoRA's A
     delta = add_delta_w(net, run.args.delta_w, run.args.lora_rank)
     run.prepare(net)
     layers = [MaskedLayer(block) for block in net.layers()]
@@ -207,7 +207,7 @@ def learned(net, objective, batches, scheme, run) -> list:
     for step in run:
         tau = 4 + (0.1 - 4) * step / run.args.steps  # from exploring to deciding
         for x, y, noise in batches(step):  # all parts of the batch that are this rank's
-            batch = objective.draw(x, y, noise)
+            batch = objective.make_batch(x, y, noise)
             masks.draw(layers, noise, tau)
             with run.autocast():
                 loss = objective.loss(objective.predict(net, batch), batch)  # (b,)
@@ -227,7 +227,7 @@ def calibration(objective, batches) -> list:
     """This rank's share of 256 fixed draws, in a few batches: the same for every cut, criterion and seed."""
     count = min(256, len(batches.latents))
     fixed = Batches(batches.latents, count, max(1, count // 32 // world_size()), seed=2025, device=batches.device)
-    return [objective.draw(x, y, noise) for x, y, noise in fixed(0)]
+    return [objective.make_batch(x, y, noise) for x, y, noise in fixed(0)]
 
 @contextlib.contextmanager
 def keeping(net, kept: list):
@@ -335,7 +335,7 @@ def probe(net, objective, batches, scheme, run) -> list:
 
 def lowest_loss(net, objective, batches, scheme, run) -> list:
     """The paper's table 3: of all cuts, or of --candidates random ones, the one with the least loss right after it."""
-    total, rng = math.prod(math.comb(m, n) for n, m in scheme), np.random.default_rng(mix(run.args.seed, 4))
+    total, rng = math.prod(math.comb(m, n) for n, m in scheme), np.random.default_rng(make_seed(run.args.seed, 4))
     if total <= run.args.candidates:
         choices = [itertools.combinations(range(first, first + m), n) for first, n, m in groups_of(scheme)]
         cuts = [list(itertools.chain(*parts)) for parts in itertools.product(*choices)]
@@ -357,7 +357,7 @@ def random_cut(scheme: list, rng) -> list:
 
 def random_layers(net, objective, batches, scheme, run) -> list:
     """N of each group at random: the baseline that every criterion has to beat."""
-    return random_cut(scheme, np.random.default_rng(mix(run.args.seed, 3)))
+    return random_cut(scheme, np.random.default_rng(make_seed(run.args.seed, 3)))
 
 def indices(net, objective, batches, scheme, run) -> list:
     """The layers named by --layers."""
@@ -591,7 +591,7 @@ class Run:
 
     def prepare(self, net):
         """Applies --dtype (to weights that are not trained), --checkpointing and --compile to a network."""
-        freeze_linear(net, self.dtype)
+        cast_frozen(net, self.dtype)
         net.checkpointing = self.args.checkpointing
         for block in net.layers() if self.args.compile else []:
             block.forward = compiled(block.forward)
@@ -741,7 +741,7 @@ class Run:
         lines = log.read_text().splitlines() if self.saved and log.exists() else []
         lines = [json.loads(line) for line in lines if line.endswith("}")]  # a kill may tear one
         lines = [json.dumps(line) + "\n" for line in lines if line["step"] <= self.step and "cut" not in line]
-        write_whole(log, lambda temporary: temporary.write_text("".join(lines)))
+        atomic_write(log, lambda temporary: temporary.write_text("".join(lines)))
         for old in self.out.glob("step-[0-9]*.pt"):
             if int(old.stem[5:]) > self.step:
                 old.unlink()

@@ -22,9 +22,9 @@ from scipy.integrate import solve_ivp
 
 from extract_latents import VAES, decode_images, load_vae
 from model import (
-    MODELS, SAFETENSORS_TYPES, GaussianDiffusion, Parser, Progress, RowNoise, UserError, autocast, barrier,
-    choose_dtype, freeze_linear, gather_tokens, load_model, rank, real, run_main, save_checkpoint, start_ranks, whole,
-    world_size, write_whole)
+    MODELS, SAFETENSORS_TYPES, GaussianDiffusion, Parser, Progress, RowGenerator, UserError, autocast, barrier,
+    choose_dtype, cast_frozen, gather_tokens, load_model, rank, real, run_main, save_checkpoint, start_ranks, whole,
+    world_size, atomic_write)
 
 BLOCK = 16  # images that share a noise generator
 PART = ".samples-{}.tmp"  # a rank's images, in a file of its own: machines that write into one file can lose parts
@@ -32,7 +32,7 @@ STUDENT = "out/distill/student.pt"
 SILENT = lambda step, steps: None
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Samplers: labels y (B,) and a RowNoise of B rows -> latents (B, C, H, W). A model's own settings are in its row of
+# Samplers: labels y (B,) and a RowGenerator of B rows -> latents (B, C, H, W). A model's own settings are in its row of
 # MODELS. First the Gaussian process, backwards: x (N, C, ...), the network's answer out (N, 2C, ...), t (N,).
 
 def guide(predict, x, t, y, null, scale, channels):
@@ -202,7 +202,7 @@ SAMPLERS |= dict.fromkeys(["sde-euler", "sde-heun", "ode-euler", "ode-heun", "od
 @torch.inference_mode()
 def sample_images(net, vae, labels, start, settings, seed, device, dtype, on_step=SILENT) -> np.ndarray:
     """Images start, start + 1, ... of the seed's stream, of classes labels (B,) -> uint8 (B, H, W, 3)."""
-    noise, y = RowNoise((seed,), start, start + len(labels), BLOCK, device), torch.as_tensor(labels, device=device)
+    noise, y = RowGenerator((seed,), start, start + len(labels), BLOCK, device), torch.as_tensor(labels, device=device)
     with autocast(device, dtype):
         z = SAMPLERS[settings["sampler"]](net, y, noise, **settings, on_step=on_step)
     return decode_images(vae, z)
@@ -222,7 +222,7 @@ def join_parts(out: Path, labels, size: int):
         with open(temporary, "wb") as f:
             np.savez(f, arr_0=images, arr_1=labels)
 
-    write_whole(out / "samples.npz", write)
+    atomic_write(out / "samples.npz", write)
     grid_of(images, labels).save(out / "grid.png")
     for part in out.glob(PART.format("*")):
         part.unlink()
@@ -250,7 +250,7 @@ def export(path: Path, net, config: dict, dtype):
     text = json.dumps(header).encode()
     text = text.ljust(8 * -(-len(text) // 8))
     raw = [v.flatten().view(torch.uint8).numpy() for v in state.values()]
-    write_whole(path, lambda temporary: temporary.write_bytes(b"".join([len(text).to_bytes(8, "little"), text, *raw])))
+    atomic_write(path, lambda temporary: temporary.write_bytes(b"".join([len(text).to_bytes(8, "little"), text, *raw])))
 
 def parse_arguments():
     parser = Parser(__doc__)
@@ -325,13 +325,13 @@ def main():
     if rank() == 0:
         print(", ".join(f"{k} {v}" for k, v in facts.items()), flush=True)
     torch.backends.cuda.matmul.allow_tf32 = True  # as the DiT release samples; no effect on the CPU
-    freeze_linear(net.requires_grad_(False), dtype)
+    cast_frozen(net.requires_grad_(False), dtype)
     if args.compile:
         torch._inductor.config.freezing = True  # the weights are constants, laid out for the kernels that read them
         net = torch.compile(net, dynamic=False)
 
     part, started, total = args.out / PART.format(rank()), time.time(), args.num_images
-    write_whole(part, Path.touch)  # a folder that cannot be written is noticed before the work
+    atomic_write(part, Path.touch)  # a folder that cannot be written is noticed before the work
     first, last = (total * r // world_size() for r in (rank(), rank() + 1))  # equal shares: nobody waits long
     batch = min(args.batch_size, -(-total // world_size()))
     labels = classes[np.arange(total + batch) % len(classes)]

@@ -40,7 +40,7 @@ import prune
 import sample
 from extract_latents import (DIGITS, KL16, SD, VAES, AutoencoderKL, Batches, Latents, center_crop, decode_images,
                              epoch_order, load_vae, read_npz, rename_vae_keys, to_pixels)
-from model import RowNoise, UserError, build_model, load_state, mix
+from model import RowGenerator, UserError, build_model, load_state, make_seed
 
 ROOT = Path(__file__).resolve().parent
 CLASSIFIER = ROOT / "weights/digits-classifier.pt"
@@ -86,7 +86,7 @@ def near(got, want, tolerance=1e-5):
 
 
 class Injected:
-    """A stand-in for RowNoise: draw k of the golden run, its first n rows (we do not carry the null half's noise)."""
+    """A stand-in for RowGenerator: draw k of the golden run, its first n rows (we do not carry the null half's noise)."""
 
     def __init__(self, shape, n, first=1000):
         self.shape, self.n, self.k = shape, n, first
@@ -284,7 +284,7 @@ def test_full_size_mar():
 def test_checkpointing_changes_no_gradient(name):
     net, gradients = small(name), []
     x, y = torch.randn(4, 4, 8, 8, generator=torch.Generator().manual_seed(0)), torch.arange(4)
-    batch = net.objective().draw(x, y, RowNoise((0,), 0, 4, 4))
+    batch = net.objective().make_batch(x, y, RowGenerator((0,), 0, 4, 4))
     for net.checkpointing in (False, True):
         net.zero_grad()
         net.objective().loss(net.objective().predict(net, batch), batch).sum().backward()
@@ -297,7 +297,7 @@ def test_compiling_changes_no_gradient():
     """torch 2.13 compiles a wrong backward pass of transposed tokens, as the patch embedding's are."""
     net, gradients = small("dit-tiny"), []
     x, y = torch.randn(4, 4, 8, 8, generator=torch.Generator().manual_seed(0)), torch.arange(4)
-    batch = net.objective().draw(x, y, RowNoise((0,), 0, 4, 4))
+    batch = net.objective().make_batch(x, y, RowGenerator((0,), 0, 4, 4))
     for _ in range(2):
         net.zero_grad()
         net.objective().loss(net.objective().predict(net, batch), batch).sum().backward()
@@ -340,7 +340,7 @@ def test_each_tensor_has_its_type_in_bfloat16(name):
     assert model.choose_dtype("bfloat16", torch.device("cpu")) == torch.bfloat16
     net, frozen = small(name), small(name).requires_grad_(False)
     trained = frozen.layers()[1].requires_grad_(True)
-    model.freeze_linear(frozen, torch.bfloat16)
+    model.cast_frozen(frozen, torch.bfloat16)
     for key, module in frozen.named_modules():
         matrix = isinstance(module, (torch.nn.Linear, torch.nn.Conv2d))
         cast = matrix and not any(module is m for m in trained.modules())
@@ -351,7 +351,7 @@ def test_each_tensor_has_its_type_in_bfloat16(name):
         if isinstance(module, model.TimestepEmbedder):
             module.mlp.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].dtype))
     objective = frozen.objective()
-    batch = objective.draw(torch.randn(4, 4, 8, 8), torch.arange(4), RowNoise((0,), 0, 4, 4))
+    batch = objective.make_batch(torch.randn(4, 4, 8, 8), torch.arange(4), RowGenerator((0,), 0, 4, 4))
     with model.autocast(torch.device("cpu"), torch.bfloat16):
         out, reference = objective.predict(frozen, batch), objective.predict(net, batch)
     assert torch.equal(out, reference) and out.dtype == torch.bfloat16 and set(seen) == {torch.float32}
@@ -442,7 +442,7 @@ def test_sit_loss_and_score():
 def test_draw_mixes_data_and_noise_as_the_process_says(name):
     net = small(name)
     x, y = torch.randn(64, 4, 8, 8), torch.arange(64) % 10
-    batch = net.objective().draw(x, y, RowNoise((3,), 0, 64, 64))
+    batch = net.objective().make_batch(x, y, RowGenerator((3,), 0, 64, 64))
     if name == "sit-tiny":  # t = 0 is noise, t = 1 data
         eps = x - batch["velocity"]
         t = batch["t"].view(-1, 1, 1, 1)
@@ -570,7 +570,7 @@ def test_mar_draw_hides_and_keeps_disjoint_tokens():
     x, y = torch.randn(32, 4, 8, 8), torch.arange(32) % 10
     counts = []
     for step in range(60):
-        batch = net.objective().draw(x, y, RowNoise((0, step), 0, 32, 32))
+        batch = net.objective().make_batch(x, y, RowGenerator((0, step), 0, 32, 32))
         both = torch.cat([batch["known"], batch["hidden"]], dim=1).sort(dim=1)[0]
         assert (both == torch.arange(16)).all()
         counts.append(batch["hidden"].shape[1])
@@ -578,12 +578,12 @@ def test_mar_draw_hides_and_keeps_disjoint_tokens():
 
 
 def test_row_noise_does_not_depend_on_who_draws():
-    whole = RowNoise((7,), 0, 50, 16)
-    part = RowNoise((7,), 20, 37, 16)
+    whole = RowGenerator((7,), 0, 50, 16)
+    part = RowGenerator((7,), 20, 37, 16)
     for draw in ("normal", "uniform", "gumbel"):
         assert torch.equal(getattr(whole, draw)(3)[20:37], getattr(part, draw)(3))
     assert torch.equal(whole.gumbel(3, lists=(2,))[:, 20:37], part.gumbel(3, lists=(2,)))
-    assert not torch.equal(RowNoise((7, 0), 0, 8, 8).normal(3), RowNoise((7, 1), 0, 8, 8).normal(3))
+    assert not torch.equal(RowGenerator((7, 0), 0, 8, 8).normal(3), RowGenerator((7, 1), 0, 8, 8).normal(3))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -670,7 +670,7 @@ def test_weights_without_config_load_at_any_depth(name, tmp_path):
         assert same_weights(loaded.state_dict(), net.state_dict())
         with pytest.raises(UserError, match="add --model"):
             model.load_model(ckpt=tmp_path / "w.pt")
-        batch = batch or net.objective().draw(torch.randn(2, 4, 8, 8), torch.arange(2), RowNoise((0,), 0, 2, 2))
+        batch = batch or net.objective().make_batch(torch.randn(2, 4, 8, 8), torch.arange(2), RowGenerator((0,), 0, 2, 2))
         assert torch.equal(net.objective().predict(net, batch), net.objective().predict(loaded, batch))
 
 
@@ -682,7 +682,7 @@ def test_halves_of_blocks_load_from_their_keys(name, tmp_path):
     loaded, config = model.load_model(ckpt=tmp_path / "w.pt")
     assert [block.halves for block in loaded.layers()] == [halves for blocks in PLANS[name] for halves in blocks]
     assert config["depth"] == [len(blocks) for blocks in PLANS[name]]
-    batch = net.objective().draw(torch.randn(2, 4, 8, 8), torch.arange(2), RowNoise((0,), 0, 2, 2))
+    batch = net.objective().make_batch(torch.randn(2, 4, 8, 8), torch.arange(2), RowGenerator((0,), 0, 2, 2))
     assert torch.equal(net.objective().predict(net, batch), net.objective().predict(loaded, batch))
     official = small(name).layers()[0].state_dict().keys()
     for block in loaded.layers():
@@ -919,7 +919,7 @@ def test_nothing_half_written_is_left(tmp_path):
         raise OSError(28, "No space left on device")
 
     with pytest.raises(UserError, match="No space left on device; choose another --out"):
-        model.write_whole(tmp_path / "x.pt", broken)
+        model.atomic_write(tmp_path / "x.pt", broken)
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="cannot write"):
@@ -1356,10 +1356,10 @@ def test_extract_folder_order_and_unreadable_images(tmp_path, extract, capsys):
     assert np.load(out / "labels.npy").tolist() == [0, -1, 0, 1, -1, 2]
     vae = load_vae()
     for row, k in enumerate((0, 2, 3, 5)):  # the rows that are left are those of the readable images
-        x, y = latents.batch(np.array([row]), RowNoise((0,), 0, 1, 1))
+        x, y = latents.batch(np.array([row]), RowGenerator((0,), 0, 1, 1))
         pixels = torch.from_numpy(np.pad(images[k], 2))[None, None].float() / 127.5 - 1
         mean, std = (m.half().float() for m in vae.encode(pixels))
-        eps = RowNoise((0,), 0, 1, 1).normal(4, 8, 8)
+        eps = RowGenerator((0,), 0, 1, 1).normal(4, 8, 8)
         torch.testing.assert_close(x, (mean + std * eps) * vae.scale, atol=5e-3, rtol=0)
     assert extract("--data", data, "--out", out) == 0  # says it again
     assert "2 images could not be read" in capsys.readouterr().err
@@ -1551,15 +1551,15 @@ def test_extract_reading_is_the_formula(tmp_path):
         assert len(latents) == 12 and latents.shape == (4, 2, 2) and latents.classes == 3
         for rows in np.array([7, 2, 11, 0, 7]), np.arange(600) % 12:
             n = len(rows)
-            x, y = latents.batch(rows, RowNoise((3, 1), 0, n, n))
-            noise = RowNoise((3, 1), 0, n, n)
+            x, y = latents.batch(rows, RowGenerator((3, 1), 0, n, n))
+            noise = RowGenerator((3, 1), 0, n, n)
             eps = noise.normal(4, 2, 2).numpy()
-            mirrored = (noise.host.random(n) < 0.5).astype(int) * (flips - 1)
+            mirrored = (noise.shared.random(n) < 0.5).astype(int) * (flips - 1)
             want = (moments[rows, mirrored, :4] + moments[rows, mirrored, 4:] * eps) * np.float32(0.5)
             assert np.array_equal(x.numpy(), want)  # bit by bit
             assert x.dtype == torch.float32 and y.tolist() == (rows % 3).tolist() and y.dtype == torch.int64
         assert flips == 1 or 200 < mirrored.sum() < 400
-        parts = [latents.batch(rows[a:b], RowNoise((3, 1), a, b, 600))[0] for a, b in ((0, 200), (200, 600))]
+        parts = [latents.batch(rows[a:b], RowGenerator((3, 1), a, b, 600))[0] for a, b in ((0, 200), (200, 600))]
         assert torch.equal(torch.cat(parts), x)  # two ranks
 
 
@@ -1601,7 +1601,7 @@ def test_extract_readers_refuse(tmp_path):
 
 def test_extract_epoch_order():
     order = epoch_order(100, 1, 2)
-    assert np.array_equal(order, np.random.default_rng(mix(1, 2)).permutation(100))
+    assert np.array_equal(order, np.random.default_rng(make_seed(1, 2)).permutation(100))
     assert not np.array_equal(epoch_order(100, 1, 0), range(100))
     assert not np.array_equal(order, epoch_order(100, 1, 3)) and not np.array_equal(order, epoch_order(100, 2, 2))
 
@@ -1610,8 +1610,8 @@ def test_batches_are_the_global_batch_for_any_ranks_and_accumulation(tmp_path, m
     write_latents(tmp_path / "latents", n=50)
     latents = Latents(tmp_path / "latents")
     for step in 0, 1, 2, 3, 7, 40:  # 2 steps an epoch
-        noise = RowNoise((5, step), 0, 20, 20)
-        rows = np.random.default_rng(mix(5, step // 2)).permutation(50)[step % 2 * 20 :][:20]
+        noise = RowGenerator((5, step), 0, 20, 20)
+        rows = np.random.default_rng(make_seed(5, step // 2)).permutation(50)[step % 2 * 20 :][:20]
         want, labels = latents.batch(rows, noise)
         for ranks, accumulate in (1, 1), (2, 1), (3, 2), (1, 7):
             parts = []
@@ -1625,7 +1625,7 @@ def test_batches_are_the_global_batch_for_any_ranks_and_accumulation(tmp_path, m
             x, y, noises = zip(*parts)
             assert torch.equal(torch.cat(x), want) and torch.equal(torch.cat(y), labels)
             assert max(map(len, x)) - min(map(len, x)) <= 1
-            again = RowNoise((5, step), 0, 20, 20)
+            again = RowGenerator((5, step), 0, 20, 20)
             again.normal(4, 2, 2)  # what the latents took; then the rest of the step
             assert torch.equal(torch.cat([n.uniform(2) for n in noises]), again.uniform(2))
     for size in 5, 51:
@@ -1773,11 +1773,11 @@ def test_groups_of_unlike_size_are_drawn_at_once():
     with torch.no_grad():
         masks.logits += 0.01 * torch.randn(masks.logits.shape, generator=torch.Generator().manual_seed(0))
     layers = [prune.DenseMaskedLayer(None) for _ in range(sum(m for _, m in UNLIKE))]
-    masks.draw(layers, RowNoise((7,), 0, B, B), tau)
+    masks.draw(layers, RowGenerator((7,), 0, B, B), tau)
     drawn = torch.stack([layer.mask for layer in layers], 1)  # (B, L)
     weight = torch.randn(drawn.shape, generator=torch.Generator().manual_seed(1))
     (drawn * weight).sum().backward()
-    gumbel, first = RowNoise((7,), 0, B, B).gumbel(6, lists=(len(UNLIKE),)), 0
+    gumbel, first = RowGenerator((7,), 0, B, B).gumbel(6, lists=(len(UNLIKE),)), 0
     for g, (n, m) in enumerate(UNLIKE):
         candidates = prune.candidate_masks(n, m)
         K = len(candidates)
@@ -1831,8 +1831,8 @@ def test_skipping_the_backward_pass_changes_no_gradient(name, delta_w):
             masks.logits[0, 1] += 0.5  # layer 1 always, layer 0 never
         layers = [kind(block) for block in net.layers()]
         net.replace_layers(layers)
-        noise = RowNoise((5,), 0, 8, 8)
-        batch = net.objective().draw(x, y, noise)
+        noise = RowGenerator((5,), 0, 8, 8)
+        batch = net.objective().make_batch(x, y, noise)
         masks.draw(layers, noise, tau=1.0)
         loss = net.objective().loss(net.objective().predict(net, batch), batch).mean()
         loss.backward()
@@ -1845,7 +1845,7 @@ def test_skipping_the_backward_pass_changes_no_gradient(name, delta_w):
 
 def test_lora_starts_as_no_change_and_moves_only_itself(teachers):
     net, _ = model.load_model(ckpt=teachers / "dit-tiny.pt")
-    batch = net.objective().draw(torch.randn(4, 4, 8, 8), torch.arange(4), RowNoise((0,), 0, 4, 4))
+    batch = net.objective().make_batch(torch.randn(4, 4, 8, 8), torch.arange(4), RowGenerator((0,), 0, 4, 4))
     before = net.objective().predict(net, batch)
     delta = prune.add_delta_w(net, "lora", 8)
     assert torch.equal(net.objective().predict(net, batch), before)
@@ -1867,7 +1867,7 @@ class Imitation:
 
     def __init__(self, teacher):
         self.teacher, self.inner = teacher, teacher.objective()
-        self.draw, self.predict = self.inner.draw, self.inner.predict
+        self.draw, self.predict = self.inner.make_batch, self.inner.predict
 
     def loss(self, out, batch):
         with torch.no_grad():
@@ -1919,7 +1919,7 @@ def test_halves_of_blocks_change_nothing_and_join_to_the_official_keys(name):
     assert [layer.halves for layer in net.layers()] == [("attn",), ("mlp",)] * 4
     size = lambda n: sum(p.numel() for p in n.parameters())
     assert size(net) == size(whole)
-    batch = net.objective().draw(torch.randn(6, 4, 8, 8), torch.arange(6), RowNoise((0,), 0, 6, 6))
+    batch = net.objective().make_batch(torch.randn(6, 4, 8, 8), torch.arange(6), RowGenerator((0,), 0, 6, 6))
     with torch.no_grad():
         outputs = [net.objective().predict(n, batch) for n in (net, whole)]
     near(*outputs)
@@ -1957,7 +1957,7 @@ def test_the_cut_is_exact(name, granularity, latents, teachers, tmp_path):
     net.replace_layers(layers)
     for layer, mask in zip(layers, masks):
         give_mask(layer, torch.full((6,), mask), torch.full((6,), mask) > 0)
-    batch = shallow.objective().draw(torch.randn(6, 4, 8, 8), torch.arange(6), RowNoise((0,), 0, 6, 6))
+    batch = shallow.objective().make_batch(torch.randn(6, 4, 8, 8), torch.arange(6), RowGenerator((0,), 0, 6, 6))
     with torch.no_grad():
         outputs = [shallow.objective().predict(n, batch) for n in (shallow, net)]
     near(*outputs, 0 if granularity == "block" else 1e-5)
@@ -1996,9 +1996,9 @@ def test_the_picture_shows_the_log(tmp_path):
 
 def fixed_batch(net, latents):
     """The fixed draws of the calibration loss, at once and by hand: all 96 latents in the order of seed 2025."""
-    data, noise = extract_latents.Latents(latents), RowNoise((2025, 0), 0, 96, 96)
+    data, noise = extract_latents.Latents(latents), RowGenerator((2025, 0), 0, 96, 96)
     x, y = data.batch(epoch_order(96, 2025, 0), noise, "cpu")
-    return net.objective().draw(x, y, noise)
+    return net.objective().make_batch(x, y, noise)
 
 
 @torch.no_grad()
@@ -2211,7 +2211,7 @@ def golden_recovery(prefix="", steps=(0,), **changes):
     objective, y = student.objective(), torch.where(g["in.rand_values"] < 0.1, 10, g["in.y"]) if prefix else g["in.y"]
     x_t = objective.diffusion.q_sample(g["in.x_start"], g["in.t"], g["in.noise"])
     batch = dict(x_start=g["in.x_start"], t=g["in.t"], eps=g["in.noise"], y=y, x_t=x_t)
-    objective.draw = lambda *_: batch
+    objective.make_batch = lambda *_: batch
     run = OneBatch(steps, **changes)
     pairs = distill.matched_layers([[1, 2], [1, 2]], [2], [4])
     distill.recover(student, copy.deepcopy(student), teacher.requires_grad_(False), objective, run, pairs, run, {})
@@ -2386,11 +2386,11 @@ def test_a_student_of_halves_learns_saves_and_loads(name, latents, teachers, tmp
     assert list(weights_of(tmp_path / "student.pt")) == list(before.state_dict())
     split, _ = model.load_model(ckpt=tmp_path / "step-00000006.pt", weights="model")  # not joined yet
     assert len(split.layers()) == 4
-    batch = after.objective().draw(torch.randn(6, 4, 8, 8), torch.arange(6), RowNoise((0,), 0, 6, 6))
+    batch = after.objective().make_batch(torch.randn(6, 4, 8, 8), torch.arange(6), RowGenerator((0,), 0, 6, 6))
     with torch.no_grad():
         near(*[after.objective().predict(n, batch) for n in (after, split)])
     settings = model.MODELS[name]["sampling"] | dict(steps=3)
-    draw = lambda net: sample.SAMPLERS[settings["sampler"]](net, torch.arange(4), RowNoise((0,), 0, 4, 16), **settings)
+    draw = lambda net: sample.SAMPLERS[settings["sampler"]](net, torch.arange(4), RowGenerator((0,), 0, 4, 16), **settings)
     with torch.inference_mode():
         near(draw(after), draw(split), 1e-3)
     assert len(log_of(tmp_path)) == 6 and not same_weights(before.state_dict(), after.state_dict())
@@ -2968,7 +2968,7 @@ def test_guidance_one_is_the_conditional_network_and_more_is_not(sampler, teache
     net, _ = model.load_model(ckpt=teachers / f"{name}.pt")
     own = model.MODELS[name]["sampling"] | dict(sampler=sampler, steps=4)
     draw = lambda scale: sample.SAMPLERS[sampler](
-        net, torch.arange(4), RowNoise((0,), 0, 4, 16), **own | dict(guidance=scale))
+        net, torch.arange(4), RowGenerator((0,), 0, 4, 16), **own | dict(guidance=scale))
     with torch.inference_mode():
         assert torch.isfinite(draw(1.0)).all() and not torch.allclose(draw(1.0), draw(3.0), atol=1e-3)
         torch.testing.assert_close(draw(1.0), draw(1.0 + 1e-7), rtol=1e-3, atol=1e-3)
@@ -3043,7 +3043,7 @@ def test_compiled_images_are_the_eager_ones(teachers, tmp_path, monkeypatch):
 
 def test_bfloat16_weights_are_cast_once_and_samplers_stay_in_float32(teachers, monkeypatch):
     net, _ = model.load_model(ckpt=teachers / "dit-tiny.pt")
-    model.freeze_linear(net.requires_grad_(False), torch.bfloat16)
+    model.cast_frozen(net.requires_grad_(False), torch.bfloat16)
     assert net.blocks[0].mlp.fc1.weight.dtype == torch.bfloat16 and net.pos_embed.dtype == torch.float32
     types, step = [], sample.ancestral_step
     monkeypatch.setattr(sample, "ancestral_step", lambda process, out, x, *a, **k: (

@@ -31,7 +31,7 @@ import fid
 import prune
 import sample
 from extract_latents import SD, AutoencoderKL, Batches, Latents, encode_pixels, epoch_order
-from model import RowNoise, autocast, build_model, choose_dtype, freeze_linear, start_ranks
+from model import RowGenerator, autocast, build_model, choose_dtype, cast_frozen, start_ranks
 from sample import SAMPLERS
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -133,7 +133,7 @@ def fixed_batches(timer, net):
     """The same latents in each step, at no cost: reading is timed by itself."""
     x = torch.randn(timer.args.batch_size, net.channels, net.input_size, net.input_size, device=timer.device)
     y = torch.arange(len(x), device=timer.device) % net.classes
-    return lambda step: [(x, y, RowNoise((0, step), 0, len(x), len(x), timer.device))]
+    return lambda step: [(x, y, RowGenerator((0, step), 0, len(x), len(x), timer.device))]
 
 def recovery(timer, flags: str) -> Stepwise:
     """distill.py's loop: half of the network taught by all of it."""
@@ -177,7 +177,7 @@ def sampling(timer):
     for dtype in timer.dtypes:
         for compiled in ("", ", compiled"):
             net = network(timer).requires_grad_(False)
-            freeze_linear(net, dtype)
+            cast_frozen(net, dtype)
             if compiled:
                 net = torch.compile(net, dynamic=False, options={"freezing": True})
             ways[f"guided step of {batch}, {str(dtype)[6:]}{compiled}"] = net, dtype
@@ -185,7 +185,7 @@ def sampling(timer):
     def two_steps(net, dtype):
         y = torch.arange(batch, device=timer.device) % net.classes
         with autocast(timer.device, dtype):
-            SAMPLERS["ddpm"](net, y, RowNoise((0,), 0, batch, 16, timer.device), **settings)
+            SAMPLERS["ddpm"](net, y, RowGenerator((0,), 0, batch, 16, timer.device), **settings)
 
     times = timer.medians({what: lambda way=way: two_steps(*way) for what, way in ways.items()})
     times, work = {what: seconds / 2 for what, seconds in times.items()}, 2 * 2 * batch * multiply_adds(network(timer))
@@ -260,7 +260,7 @@ def kept(timer, way) -> float:
         return t
 
     objective, (x, y, noise) = net.objective(), fixed_batches(timer, net)(0)[0]
-    batch, dtype = objective.draw(x, y, noise), torch.bfloat16 if "bfloat16" in way else torch.float32
+    batch, dtype = objective.make_batch(x, y, noise), torch.bfloat16 if "bfloat16" in way else torch.float32
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t), autocast(timer.device, dtype):
         objective.loss(objective.predict(net, batch), batch)
     return sum(size for place, size in found.items() if place not in weights) / 2**20

@@ -254,7 +254,7 @@ def speed(name: str, ckpt: Path) -> dict:
     nets, times = [model.load_model(*source, "cpu")[0] for source in ((name, None), (None, ckpt))], ([], [])
     objective, y = nets[0].objective(), torch.arange(32) % nets[0].classes
     x = torch.randn(32, nets[0].channels, nets[0].input_size, nets[0].input_size)
-    batch = objective.draw(x, y, model.RowNoise((0, 0), 0, 32, 32, torch.device("cpu")))
+    batch = objective.make_batch(x, y, model.RowGenerator((0, 0), 0, 32, 32, torch.device("cpu")))
     with torch.inference_mode():
         for _ in range(16):
             for net, own in zip(nets, times):

@@ -18,7 +18,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import prune
-from model import mix, run_main
+from model import make_seed, run_main
 from prune import calibration, calibration_loss, groups_of, keeping
 
 
@@ -26,7 +26,7 @@ class Distilled:
     """An objective whose loss is the distillation loss: 0.9 of being like the uncut network, 0.1 of being right."""
 
     def __init__(self, objective, teacher):
-        self.draw, self.predict, self.inner, self.teacher = objective.draw, objective.predict, objective, teacher
+        self.make_batch, self.predict, self.inner, self.teacher = objective.make_batch, objective.predict, objective, teacher
 
     def loss(self, out, batch):
         with torch.no_grad():
@@ -67,7 +67,7 @@ def train(net, objective, batches, steps, optimizer, before=lambda noise: None):
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for step in steps:
         for x, y, noise in batches(step):
-            batch = objective.draw(x, y, noise)
+            batch = objective.make_batch(x, y, noise)
             before(noise)
             objective.loss(objective.predict(net, batch), batch).mean().backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -77,7 +77,7 @@ def train(net, objective, batches, steps, optimizer, before=lambda noise: None):
 
 def adapted(net, objective, batches, scheme, run, steps=200) -> list:
     """What the search's dW is worth without its logits: all masks are equally likely, then every cut is tried."""
-    torch.manual_seed(mix(run.args.seed, 2))
+    torch.manual_seed(make_seed(run.args.seed, 2))
     delta, blocks = prune.add_delta_w(net, "lora", 8), net.layers()
     masks = prune.LayerMasks(scheme, run.device).requires_grad_(False)
     layers, optimizer = [prune.MaskedLayer(block) for block in blocks], prune.adamw(dict(params=delta, lr=1e-3))

@@ -27,7 +27,7 @@ def statistics_of(net, latents) -> list:
     layers = list(range(len(net.layers())))
     hidden, objective = HiddenStates(net, layers), net.objective()
     x, y, noise = next(iter(Batches(latents, min(64, len(latents)), 1, seed=2025, device=device)(0)))
-    objective.predict(net, objective.draw(x, y, noise))
+    objective.predict(net, objective.make_batch(x, y, noise))
     rows = []
     for h in hidden.take():  # (B, T, D)
         h = h.float()

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from fid import REFS, DigitNet, open_images, write_whole
+from fid import REFS, DigitNet, open_images, atomic_write
 
 
 def distort(x, degrees=12, scale=0.12, shift=2 / 16):
@@ -54,7 +54,7 @@ def train_digits(data, out, seed=0, epochs=12, batch=128):
     net.load_state_dict(state)  # test what is saved: the rounded weights
     with torch.no_grad():
         right = (net.eval().head(net.body(test_x)).argmax(1) == test_y).float().mean().item()
-    write_whole(out, lambda file: torch.save(state, file))
+    atomic_write(out, lambda file: torch.save(state, file))
     print(f"{100 * right:.2f} % of the {held} held-out digits are right; wrote {out}")
     return right
 

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from extract_latents import DIGITS, VAES, AutoencoderKL, read_npz  # noqa: E402
-from model import ROOT, Parser, Progress, UserError, mix, run_main, save_checkpoint, start_ranks, whole  # noqa: E402
+from model import ROOT, Parser, Progress, UserError, make_seed, run_main, save_checkpoint, start_ranks, whole  # noqa: E402
 
 def train_vae(data, out, device, seed=0, steps=1500, batch=64, kl_weight=1e-3, lr=2e-3):
     """L1 + MSE + kl_weight * KL (means over all values), AdamW, one-cycle learning rate, average of the weights."""
@@ -37,7 +37,7 @@ def train_vae(data, out, device, seed=0, steps=1500, batch=64, kl_weight=1e-3, l
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.1)
     progress = Progress(f"train VAE ({sum(p.numel() for p in vae.parameters()):,} parameters)", steps, "steps")
     for step in range(steps):
-        rows = np.random.default_rng(mix(seed, step)).integers(len(train), size=batch)
+        rows = np.random.default_rng(make_seed(seed, step)).integers(len(train), size=batch)
         target = train[torch.from_numpy(rows).to(device)]
         mean, std = vae.encode(target)
         decoded = vae.decode(mean + std * torch.randn_like(std))
