@@ -1,32 +1,28 @@
-"""The networks (DiT, SiT, MAR), the noise processes they are trained on, the table of models, and what every run needs.
+"""The networks (DiT, SiT, MAR), what they are trained on, the table of models, and what every stage needs.
 
     python model.py                                # lists the models, and which weights are on this disk
 
-    net = build_model("dit-xl", depth=14)          # fresh weights; state-dict keys are those of the official releases
+    net = build_model("dit-xl", depth=14)          # fresh weights; keys are those of the official releases
     net, config = load_model("dit-xl")             # the official weights (downloaded once); or ckpt=FILE
     objective = net.objective()                    # what the families differ in
-    batch = objective.make_batch(x, y, noise)            # all the randomness of a training step, for teacher and student
+    batch = objective.make_batch(x, y, rng)        # all the randomness of a training step
     out = objective.predict(net, batch)            # deterministic
     loss = objective.loss(out, batch)              # (B,)
 
-Read: layers; DiT and SiT; MAR; the Gaussian process; the training objectives; the table of models. At first, skip what
-follows it: checkpoints and the plumbing (errors, ranks, progress, seeded noise).
+Read: layers; DiT and SiT; MAR; the Gaussian process; the training objectives; the table of models. Skip what
+follows it at first: checkpoints, downloads, ranks, progress, seeded random numbers.
 """
 import argparse
 import contextlib
-import ctypes
 import datetime
-import functools
 import hashlib
-import itertools
 import json
 import math
 import os
-import re
-import socket
 import sys
 import time
 import urllib.request
+import uuid
 from pathlib import Path
 
 import numpy as np
@@ -35,202 +31,292 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
 
 ROOT = Path(__file__).resolve().parent
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Layers that the families share. B: samples, T: tokens, D: width.
+# ---------------------------------------------------------------------------------------------------------------
+# Layers that the families share. B: samples, T: tokens, D: width, C: latent channels.
+
 
 class Attention(nn.Module):
     """Multi-head self-attention, (B, T, D) -> (B, T, D); names as in timm, which all three releases use."""
+
     def __init__(self, width: int, heads: int, dropout: float = 0.0):
         super().__init__()
         if width % heads:
             raise ValueError(f"a width of {width} is not a multiple of {heads} heads")
-        self.heads, self.dropout = heads, dropout
-        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.heads = heads
+        self.dropout = dropout
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
         self.proj_drop = nn.Dropout(dropout)
 
     def forward(self, x):
         B, T, D = x.shape
-        q, k, v = self.qkv(x).view(B, T, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)  # 3 x (B, heads, T, d)
-        x = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0)
-        return self.proj_drop(self.proj(x.transpose(1, 2).reshape(B, T, D)))
+        qkv = self.qkv(x)  # (B, T, 3D)
+        qkv = qkv.view(B, T, 3, self.heads, D // self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, T, D / heads)
+        dropout = self.dropout if self.training else 0.0
+        x = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
+        x = x.transpose(1, 2).reshape(B, T, D)  # the heads side by side again
+        return self.proj_drop(self.proj(x))
+
 
 class Mlp(nn.Module):
-    """Two linear layers with a GELU between: tanh-approximated in DiT and SiT, exact in MAR."""
+    """Two linear layers with a GELU between them: tanh-approximated in DiT and SiT, exact in MAR."""
+
     def __init__(self, width: int, hidden: int, approximate: str, dropout: float = 0.0):
         super().__init__()
-        self.fc1, self.fc2 = nn.Linear(width, hidden), nn.Linear(hidden, width)
-        self.act, self.drop = nn.GELU(approximate=approximate), nn.Dropout(dropout)
+        self.fc1 = nn.Linear(width, hidden)
+        self.act = nn.GELU(approximate=approximate)
+        self.fc2 = nn.Linear(hidden, width)
+        self.drop = nn.Dropout(dropout)
 
     def forward(self, x):
-        return self.drop(self.fc2(self.drop(self.act(self.fc1(x)))))
+        x = self.drop(self.act(self.fc1(x)))
+        return self.drop(self.fc2(x))
+
 
 class TimestepEmbedder(nn.Module):
-    """Time (N,), any real number -> (N, D): 256 cosines and sines, then an MLP. The embedding stays in float32."""
+    """Times (N,), any real numbers -> (N, D): 256 cosines and sines, then an MLP."""
+
     def __init__(self, width: int):
         super().__init__()
         self.mlp = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
 
     def forward(self, t):
-        freqs = torch.exp(-math.log(10000) * torch.arange(128, dtype=torch.float32, device=t.device) / 128)
-        angles = t[:, None].float() * freqs
+        exponents = torch.arange(128, dtype=torch.float32, device=t.device) / 128
+        frequencies = torch.exp(-math.log(10000) * exponents)
+        angles = t[:, None].float() * frequencies  # (N, 128), in float32 also under autocast
         return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=1))
+
 
 def modulate(x, shift, scale):
     return x * (1 + scale) + shift
 
+
 def sincos_table(width: int, grid: int) -> torch.Tensor:
     """Fixed 2-D position table (1, grid * grid, width): half of the channels for the column, half for the row."""
-    omega = 1 / 10000 ** (torch.arange(width // 4, dtype=torch.float64) / (width / 4))
+    exponents = torch.arange(width // 4, dtype=torch.float64) / (width / 4)
+    frequencies = 1 / 10000**exponents
     position = torch.arange(grid * grid)
-    column, row = (torch.outer(p.double(), omega) for p in (position % grid, position // grid))  # (T, width / 4)
-    return torch.cat([column.sin(), column.cos(), row.sin(), row.cos()], dim=1).float()[None]
+    column = (position % grid).double()
+    row = (position // grid).double()
+    column = torch.outer(column, frequencies)  # (T, width / 4)
+    row = torch.outer(row, frequencies)
+    table = torch.cat([column.sin(), column.cos(), row.sin(), row.cos()], dim=1)
+    return table.float()[None]
+
 
 def init_linear(module: nn.Module):
     if isinstance(module, nn.Linear):
         nn.init.xavier_uniform_(module.weight)
         nn.init.zeros_(module.bias)
 
+
 def init_adaln(time_mlp, blocks, final_layer):
     """adaLN-Zero: at the start every block is the identity, and the network's output is 0."""
-    for linear in (time_mlp[0], time_mlp[2]):
-        nn.init.normal_(linear.weight, std=0.02)
-    for linear in (final_layer.linear, *(block.adaLN_modulation[1] for block in (*blocks, final_layer))):
+    nn.init.normal_(time_mlp[0].weight, std=0.02)
+    nn.init.normal_(time_mlp[2].weight, std=0.02)
+    zeroed = [block.adaLN_modulation[1] for block in (*blocks, final_layer)]
+    for linear in (final_layer.linear, *zeroed):
         nn.init.zeros_(linear.weight)
         nn.init.zeros_(linear.bias)
 
-HALVES = ("attn", "mlp")  # what a block consists of
 
 class Prunable:
     """What prune.py and distill.py ask of a network. `block_lists` names its lists of prunable layers, in order. A
-    layer is addressed by its index in all of them: MAR-Large's 0-15 are the encoder's, 16-31 the decoder's. It maps
-    (B, T, D) to (B, T, D); its other arguments have B rows too. `new_block(halves)` makes one."""
-    checkpointing = False  # recompute each block in the backward pass: less memory, a third more work
-    def layers(self) -> list:  # all prunable layers, in order
+    layer is addressed by its index over all of them: MAR-Large's 0-15 are the encoder's, 16-31 the decoder's. It
+    maps (B, T, D) to (B, T, D); its other arguments have B rows too."""
+
+    def layers(self) -> list:
+        """All prunable layers, in order."""
         return [block for name in self.block_lists for block in getattr(self, name)]
 
-    def depths(self) -> list:  # the number of layers in each list
+    def depths(self) -> list:
+        """The number of layers in each list."""
         return [len(getattr(self, name)) for name in self.block_lists]
 
-    def replace_layers(self, layers: list):  # with as many new ones, of which None leaves a layer out
-        layers = iter(layers)
+    def replace_layers(self, layers: list):
+        """Puts these layers, as many as there are, in the places of the present ones; None leaves one out."""
+        remaining = iter(layers)
         for name in self.block_lists:
-            chosen = [next(layers) for _ in getattr(self, name)]
-            setattr(self, name, nn.ModuleList(layer for layer in chosen if layer is not None))
+            new = [next(remaining) for _ in getattr(self, name)]
+            setattr(self, name, nn.ModuleList(layer for layer in new if layer is not None))
 
-    def keep_layers(self, kept: list):  # cuts the network down, in place, to the layers with these indices
-        self.replace_layers([layer if i in set(kept) else None for i, layer in enumerate(self.layers())])
+    def keep_layers(self, kept: list):
+        """Removes all layers but those with these indices, in place. IndexError if there is no such layer."""
+        layers = self.layers()
+        for i in kept:
+            if not 0 <= i < len(layers):
+                raise IndexError(f"there is no layer {i}: the network has layers 0 to {len(layers) - 1}")
+        self.replace_layers([layer if i in kept else None for i, layer in enumerate(layers)])
 
-    def run_block(self, block, *args):
-        again = self.checkpointing and torch.is_grad_enabled()
-        return checkpoint(block, *args, use_reentrant=False) if again else block(*args)
 
-def block_plan(depth, lists: int) -> list:
-    """Which halves each block of each list holds. depth: 14, [7, 7], or such a plan already."""
-    if isinstance(depth, int):
-        depth = [depth * (i + 1) // lists - depth * i // lists for i in range(lists)]
-    return [[HALVES] * blocks if isinstance(blocks, int) else blocks for blocks in depth]
-
-# ---------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------
 # DiT (Peebles & Xie 2023) and SiT (Ma et al. 2024): the same network.
 
-class DiTBlock(nn.Module):
-    """A transformer block whose LayerNorms are shifted, scaled and gated by the condition c (adaLN-Zero). With both
-    halves it is the release's block, with one only its attention or only its MLP."""
-    def __init__(self, width: int, heads: int, halves=HALVES):
-        super().__init__()
-        self.halves = tuple(halves)
-        if "attn" in halves:
-            self.norm1, self.attn = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6), Attention(width, heads)
-        if "mlp" in halves:
-            self.norm2 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
-            self.mlp = Mlp(width, 4 * width, "tanh")
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 3 * width * len(halves)))
 
-    def forward(self, x, c):  # x (B, T, D), c (B, D)
-        modulation = self.adaLN_modulation(c)[:, None].chunk(3 * len(self.halves), dim=2)  # 6 (or 3) x (B, 1, D)
-        if "attn" in self.halves:
+class DiTBlock(nn.Module):
+    """A transformer block whose LayerNorms are shifted, scaled and gated by the condition c (adaLN-Zero)."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+        self.attn = Attention(width, heads)
+        self.norm2 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+        self.mlp = Mlp(width, 4 * width, "tanh")
+        # shift, scale and gate of the attention, then of the MLP
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
+
+    def forward(self, x, c):
+        """x (B, T, D), c (B, D) -> (B, T, D). `attn` or `mlp` is None in half a block (see `remove_half`)."""
+        modulation = self.adaLN_modulation(c)[:, None]  # (B, 1, 6D); in half a block (B, 1, 3D)
+        modulation = modulation.split(x.shape[2], dim=2)
+        if self.attn is not None:
             shift, scale, gate = modulation[:3]
             x = x + gate * self.attn(modulate(self.norm1(x), shift, scale))
-        if "mlp" in self.halves:
+        if self.mlp is not None:
             shift, scale, gate = modulation[-3:]
             x = x + gate * self.mlp(modulate(self.norm2(x), shift, scale))
         return x
 
+
 class FinalLayer(nn.Module):
-    """Features (..., D), modulated by a condition that broadcasts with them, -> outputs (..., out)."""
+    """Features (..., D), modulated by a condition that broadcasts with them -> outputs (..., out)."""
+
     def __init__(self, width: int, out: int):
         super().__init__()
-        self.norm_final, self.linear = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6), nn.Linear(width, out)
+        self.norm_final = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+        self.linear = nn.Linear(width, out)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
 
     def forward(self, x, c):
         shift, scale = self.adaLN_modulation(c).chunk(2, dim=-1)
         return self.linear(modulate(self.norm_final(x), shift, scale))
 
+
 class DiT(nn.Module, Prunable):
-    """Noised latents x (B, C, H, W), times t (B,), labels y (B,) -> (B, 2C, H, W): noise prediction and variance."""
+    """Noised latents x (B, C, H, W), times t (B,), labels y (B,) -> (B, 2C, H, W): predicted noise, variance."""
+
     block_lists = ("blocks",)
+
     def __init__(self, *, width, depth, heads, input_size=32, classes=1000, channels=4, patch=2):
         super().__init__()
-        self.input_size, self.channels, self.classes, self.patch = input_size, channels, classes, patch
-        self.new_block = functools.partial(DiTBlock, width, heads)
-        self.x_embedder = nn.ModuleDict(dict(proj=nn.Conv2d(channels, width, patch, patch)))  # the releases' names
+        self.input_size = input_size
+        self.channels = channels
+        self.classes = classes
+        self.patch = patch
+        # The releases' names: x_embedder.proj, y_embedder.embedding_table.
+        to_tokens = nn.Conv2d(channels, width, patch, patch)
+        self.x_embedder = nn.ModuleDict(dict(proj=to_tokens))
         self.t_embedder = TimestepEmbedder(width)
-        self.y_embedder = nn.ModuleDict(dict(embedding_table=nn.Embedding(classes + 1, width)))  # the last: no label
+        labels = nn.Embedding(classes + 1, width)  # the last label means "no label"
+        self.y_embedder = nn.ModuleDict(dict(embedding_table=labels))
         self.register_buffer("pos_embed", sincos_table(width, input_size // patch))
-        self.blocks = nn.ModuleList(self.new_block(halves) for halves in block_plan(depth, 1)[0])
+        self.blocks = nn.ModuleList(DiTBlock(width, heads) for _ in range(depth))
         self.final_layer = FinalLayer(width, patch * patch * 2 * channels)
+
         self.apply(init_linear)
         nn.init.xavier_uniform_(self.x_embedder.proj.weight.data.flatten(1))
         nn.init.zeros_(self.x_embedder.proj.bias)
         nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
         init_adaln(self.t_embedder.mlp, self.blocks, self.final_layer)
 
+    @staticmethod
+    def shape_of(state: dict, known: dict) -> dict:
+        """The shape of the network that these weights belong to. known: what they cannot say, the heads."""
+        width, channels, patch, _ = state["x_embedder.proj.weight"].shape
+        grid = math.isqrt(state["pos_embed"].shape[1])
+        classes = len(state["y_embedder.embedding_table.weight"]) - 1
+        depth = count_blocks(state, "blocks")
+        return dict(width=width, depth=depth, heads=known["heads"], input_size=grid * patch, classes=classes,
+                    channels=channels, patch=patch)
+
     def forward(self, x, t, y):
-        x = self.x_embedder.proj(x).flatten(2).transpose(1, 2) + self.pos_embed  # patches, row by row: (B, T, D)
+        x = self.x_embedder.proj(x)  # (B, D, H / patch, W / patch)
+        x = x.flatten(2).transpose(1, 2)  # a token for each patch, row by row: (B, T, D)
+        x = x + self.pos_embed
         c = self.t_embedder(t) + self.y_embedder.embedding_table(y)  # (B, D)
         for block in self.blocks:
-            x = self.run_block(block, x, c)
-        B, grid, p = len(x), self.input_size // self.patch, self.patch
-        x = self.final_layer(x, c[:, None]).view(B, grid, grid, p, p, -1)  # (B, T, patch * patch * 2C) before the view
-        return torch.einsum("bhwpqc->bchpwq", x).reshape(B, -1, grid * p, grid * p)
+            x = block(x, c)
+        x = self.final_layer(x, c[:, None])  # (B, T, patch * patch * 2C)
+        return self.unpatchify(x)
+
+    def unpatchify(self, x):
+        """(B, T, patch * patch * 2C) -> (B, 2C, H, W)."""
+        B = len(x)
+        p = self.patch
+        grid = self.input_size // p
+        x = x.view(B, grid, grid, p, p, 2 * self.channels)
+        x = torch.einsum("bhwpqc->bchpwq", x)
+        return x.reshape(B, 2 * self.channels, grid * p, grid * p)
 
     def objective(self):
-        return DiffusionObjective(self)
+        return NoiseObjective(self)
+
 
 class SiT(DiT):
-    """DiT's network with time from 0 (noise) to 1 (data). Output: the velocity (B, C, H, W). The release's checkpoint
-    has the learned-sigma head, and its forward pass drops that second half: so does ours."""
+    """DiT's network with time from 0 (noise) to 1 (data). Output: the velocity (B, C, H, W). The release's
+    checkpoints have the head for variances too, and its forward pass drops that second half: so does ours."""
+
     def forward(self, x, t, y):
         return super().forward(x, t, y)[:, : self.channels]
 
     def objective(self):
-        return InterpolantObjective(self)
+        return VelocityObjective(self)
 
-# ---------------------------------------------------------------------------------------------------------------------
+
+def count_blocks(state: dict, name: str) -> int:
+    """The number of blocks in a list, from the names of the weights: "blocks.11.attn.qkv.weight" is of the 12th."""
+    prefix = f"{name}."
+    keys = [key.removeprefix(prefix) for key in state if key.startswith(prefix)]
+    return 1 + max(int(key.split(".")[0]) for key in keys)
+
+
+# Half a block: with --granularity sublayer an attention and an MLP are layers of their own.
+HALVES = dict(attn="norm1", mlp="norm2")  # each with the LayerNorm before it
+
+
+def remove_half(block: nn.Module, half: str):
+    """Takes the attention ("attn") or the MLP ("mlp") out of a DiTBlock or MarBlock, in place."""
+    setattr(block, half, None)
+    setattr(block, HALVES[half], None)
+    if hasattr(block, "adaLN_modulation"):  # its first 3D rows modulate the attention, the others the MLP
+        linear = block.adaLN_modulation[1]
+        other = 1 if half == "attn" else 0
+        weight = linear.weight.data.chunk(2)[other]
+        bias = linear.bias.data.chunk(2)[other]
+        linear.weight = nn.Parameter(weight.clone())
+        linear.bias = nn.Parameter(bias.clone())
+        linear.out_features = len(bias)
+
+
+# ---------------------------------------------------------------------------------------------------------------
 # MAR (Li et al. 2024): a masked autoencoder over tokens, and a small diffusion network that draws each token.
 
+
 class MarBlock(nn.Module):
-    """The plain pre-norm ViT block, with dropout; or, with one of the halves, its attention or its MLP alone."""
-    def __init__(self, width: int, heads: int, dropout: float, halves=HALVES):
+    """The plain pre-norm ViT block, with dropout."""
+
+    def __init__(self, width: int, heads: int, dropout: float):
         super().__init__()
-        self.halves = tuple(halves)
-        if "attn" in halves:
-            self.norm1, self.attn = nn.LayerNorm(width, eps=1e-6), Attention(width, heads, dropout)
-        if "mlp" in halves:
-            self.norm2, self.mlp = nn.LayerNorm(width, eps=1e-6), Mlp(width, 4 * width, "none", dropout)
+        self.norm1 = nn.LayerNorm(width, eps=1e-6)
+        self.attn = Attention(width, heads, dropout)
+        self.norm2 = nn.LayerNorm(width, eps=1e-6)
+        self.mlp = Mlp(width, 4 * width, "none", dropout)
 
     def forward(self, x):  # (B, T, D)
-        if "attn" in self.halves:
+        if self.attn is not None:
             x = x + self.attn(self.norm1(x))
-        return x + self.mlp(self.norm2(x)) if "mlp" in self.halves else x
+        if self.mlp is not None:
+            x = x + self.mlp(self.norm2(x))
+        return x
+
 
 class ResBlock(nn.Module):
-    """The DiffLoss network's block: an MLP with adaLN, on single tokens (N, D)."""
+    """The token denoiser's block: an MLP with adaLN, on single tokens (N, D)."""
+
     def __init__(self, width: int):
         super().__init__()
         self.in_ln = nn.LayerNorm(width, eps=1e-6)
@@ -241,228 +327,351 @@ class ResBlock(nn.Module):
         shift, scale, gate = self.adaLN_modulation(c).chunk(3, dim=-1)
         return x + gate * self.mlp(modulate(self.in_ln(x), shift, scale))
 
+
 class TokenDenoiser(nn.Module):
-    """Noised tokens x (N, C), times t (N,), conditions z (N, D) -> (N, 2C): noise prediction and variance."""
+    """Noised tokens x (N, C), times t (N,), conditions z (N, D) -> (N, 2C): predicted noise, variance."""
+
     def __init__(self, channels: int, condition: int, width: int, depth: int):
         super().__init__()
         self.time_embed = TimestepEmbedder(width)
-        self.cond_embed, self.input_proj = nn.Linear(condition, width), nn.Linear(channels, width)
+        self.cond_embed = nn.Linear(condition, width)
+        self.input_proj = nn.Linear(channels, width)
         self.res_blocks = nn.ModuleList(ResBlock(width) for _ in range(depth))
         self.final_layer = FinalLayer(width, 2 * channels)
         self.apply(init_linear)
         init_adaln(self.time_embed.mlp, self.res_blocks, self.final_layer)
 
     def forward(self, x, t, z):
-        x, c = self.input_proj(x), self.time_embed(t) + self.cond_embed(z)
+        x = self.input_proj(x)
+        c = self.time_embed(t) + self.cond_embed(z)
         for block in self.res_blocks:
             x = block(x, c)
         return self.final_layer(x, c)
 
+
 class MAR(nn.Module, Prunable):
-    """Tokens that are known -> encoder -> decoder -> a condition z for every token -> DiffLoss network. `known` (B, K)
-    and `hidden` (B, M) are token indices in ascending order. K and M are equal for all rows, so tokens are gathered and
-    scattered without the host waiting for the device."""
+    """Known tokens -> encoder -> decoder -> a condition z for every token -> the token denoiser.
+
+    `known` (B, K) and `hidden` (B, M) are token indices in ascending order. K and M are equal for all rows, so
+    tokens are gathered and scattered without the host waiting for the device. depth: of encoder and decoder
+    together, half each, or a list of the two."""
+
     block_lists = ("encoder_blocks", "decoder_blocks")
+
     def __init__(self, *, width, depth, heads, loss_width, loss_depth, input_size=16, classes=1000, channels=16,
                  patch=1, buffer=64, dropout=0.1):
         super().__init__()
-        self.input_size, self.channels, self.classes, self.patch = input_size, channels, classes, patch
-        self.tokens, self.token_dim, self.buffer = (input_size // patch) ** 2, channels * patch * patch, buffer
-        self.new_block = functools.partial(MarBlock, width, heads, dropout)
-        encoder, decoder = block_plan(depth, 2)
+        self.input_size = input_size
+        self.channels = channels
+        self.classes = classes
+        self.patch = patch
+        self.tokens = (input_size // patch) ** 2
+        self.token_dim = channels * patch * patch
+        self.buffer = buffer  # so many copies of the label go before the image's tokens
+        encoder, decoder = depth if isinstance(depth, list) else (depth // 2, depth - depth // 2)
+
         self.class_emb = nn.Embedding(classes, width)
-        self.fake_latent = nn.Parameter(0.02 * torch.randn(1, width))
-        self.z_proj, self.z_proj_ln = nn.Linear(self.token_dim, width), nn.LayerNorm(width, eps=1e-6)
-        self.encoder_pos_embed_learned = nn.Parameter(0.02 * torch.randn(1, buffer + self.tokens, width))
-        self.encoder_blocks = nn.ModuleList(self.new_block(halves) for halves in encoder)
+        self.fake_latent = nn.Parameter(0.02 * torch.randn(1, width))  # stands for "no label"
+        self.z_proj = nn.Linear(self.token_dim, width)
+        self.z_proj_ln = nn.LayerNorm(width, eps=1e-6)
+        self.encoder_pos_embed_learned = learned(buffer + self.tokens, width)
+        self.encoder_blocks = nn.ModuleList(MarBlock(width, heads, dropout) for _ in range(encoder))
         self.encoder_norm = nn.LayerNorm(width, eps=1e-6)
         self.decoder_embed = nn.Linear(width, width)
-        self.mask_token = nn.Parameter(0.02 * torch.randn(1, 1, width))
-        self.decoder_pos_embed_learned = nn.Parameter(0.02 * torch.randn(1, buffer + self.tokens, width))
-        self.decoder_blocks = nn.ModuleList(self.new_block(halves) for halves in decoder)
+        self.mask_token = learned(1, width)
+        self.decoder_pos_embed_learned = learned(buffer + self.tokens, width)
+        self.decoder_blocks = nn.ModuleList(MarBlock(width, heads, dropout) for _ in range(decoder))
         self.decoder_norm = nn.LayerNorm(width, eps=1e-6)
-        self.diffusion_pos_embed_learned = nn.Parameter(0.02 * torch.randn(1, self.tokens, width))
+        self.diffusion_pos_embed_learned = learned(self.tokens, width)
         self.apply(init_linear)
         nn.init.normal_(self.class_emb.weight, std=0.02)
-        self.diffloss = nn.ModuleDict(dict(net=TokenDenoiser(self.token_dim, width, loss_width, loss_depth)))
+        denoiser = TokenDenoiser(self.token_dim, width, loss_width, loss_depth)
+        self.diffloss = nn.ModuleDict(dict(net=denoiser))  # the release's name
 
-    def patchify(self, x):  # (B, C, H, W) -> (B, T, C * patch * patch)
-        (B, C, H, W), p = x.shape, self.patch
-        return x.view(B, C, H // p, p, W // p, p).permute(0, 2, 4, 1, 3, 5).reshape(B, self.tokens, self.token_dim)
+    @staticmethod
+    def shape_of(state: dict, known: dict) -> dict:
+        """The shape of the network that these weights belong to. known: what they cannot say, the heads, the
+        dropout, and how the values of a token divide into channels and patch."""
+        patch = known.get("patch", 1)
+        tokens = state["diffusion_pos_embed_learned"].shape[1]
+        token_dim = state["z_proj.weight"].shape[1]
+        return known | dict(
+            width=state["mask_token"].shape[2],
+            depth=[count_blocks(state, "encoder_blocks"), count_blocks(state, "decoder_blocks")],
+            loss_width=len(state["diffloss.net.input_proj.weight"]),
+            loss_depth=count_blocks(state, "diffloss.net.res_blocks"),
+            input_size=math.isqrt(tokens) * patch,
+            classes=len(state["class_emb.weight"]),
+            channels=token_dim // patch**2,
+            buffer=state["encoder_pos_embed_learned"].shape[1] - tokens)
 
-    def unpatchify(self, tokens):  # the inverse
-        B, p, grid = len(tokens), self.patch, self.input_size // self.patch
-        x = tokens.view(B, grid, grid, self.channels, p, p).permute(0, 3, 1, 4, 2, 5)
+    def patchify(self, x):
+        """(B, C, H, W) -> (B, T, C * patch * patch)."""
+        B, C, H, W = x.shape
+        p = self.patch
+        x = x.view(B, C, H // p, p, W // p, p)
+        x = x.permute(0, 2, 4, 1, 3, 5)  # (B, H / p, W / p, C, p, p)
+        return x.reshape(B, self.tokens, self.token_dim)
+
+    def unpatchify(self, tokens):
+        """The inverse of patchify."""
+        B = len(tokens)
+        p = self.patch
+        grid = self.input_size // p
+        x = tokens.view(B, grid, grid, self.channels, p, p)
+        x = x.permute(0, 3, 1, 4, 2, 5)  # (B, C, grid, p, grid, p)
         return x.reshape(B, self.channels, grid * p, grid * p)
 
     def encode(self, tokens, y, known):
         """tokens (B, T, C), of which only those at `known` are read -> (B, buffer + K, D), buffer tokens first."""
         x = self.z_proj(gather_tokens(tokens, known))  # (B, K, D)
-        label = self.class_emb(y.clamp(max=self.classes - 1))  # (B, D); that of the null label is a learned fake class
-        label = torch.where((y == self.classes)[:, None], self.fake_latent.to(label.dtype), label)
+        label = self.class_emb(y.clamp(max=self.classes - 1))  # (B, D)
+        no_label = (y == self.classes)[:, None]
+        label = torch.where(no_label, self.fake_latent.to(label.dtype), label).to(x.dtype)
+        label = label[:, None].expand(-1, self.buffer, -1)  # (B, buffer, D)
+        x = torch.cat([label, x], dim=1)  # (B, buffer + K, D)
         position = self.encoder_pos_embed_learned.expand(len(x), -1, -1)
-        position = torch.cat([position[:, : self.buffer], gather_tokens(position[:, self.buffer :], known)], dim=1)
-        label = label.to(x.dtype)[:, None].expand(-1, self.buffer, -1)
-        x = self.z_proj_ln(torch.cat([label, x], dim=1) + position)
+        of_known = gather_tokens(position[:, self.buffer :], known)
+        x = x + torch.cat([position[:, : self.buffer], of_known], dim=1)
+        x = self.z_proj_ln(x)
         for block in self.encoder_blocks:
-            x = self.run_block(block, x)
+            x = block(x)
         return self.encoder_norm(x)
 
     def decode(self, x, known):
-        """Encoder output -> conditions z (B, T, D) for all tokens, known and hidden."""
+        """The encoder's output -> conditions z (B, T, D) for all tokens, known and hidden."""
         x = self.decoder_embed(x)
-        full = self.mask_token.to(x.dtype).expand(len(x), self.tokens, -1)
-        full = full.scatter(1, known[..., None].expand(-1, -1, x.shape[2]), x[:, self.buffer :])
-        x = torch.cat([x[:, : self.buffer], full], dim=1) + self.decoder_pos_embed_learned
+        everywhere = self.mask_token.to(x.dtype).expand(len(x), self.tokens, -1)
+        index = known[..., None].expand(-1, -1, x.shape[2])
+        tokens = everywhere.scatter(1, index, x[:, self.buffer :])  # (B, T, D)
+        x = torch.cat([x[:, : self.buffer], tokens], dim=1) + self.decoder_pos_embed_learned
         for block in self.decoder_blocks:
-            x = self.run_block(block, x)
+            x = block(x)
         return self.decoder_norm(x)[:, self.buffer :] + self.diffusion_pos_embed_learned
 
     def forward(self, tokens, y, known, hidden, x_t, t):
-        """Noised hidden tokens x_t (B, R, M, C) at times t (B, R, M), R repeats -> (B, R, M, 2C)."""
-        z = gather_tokens(self.decode(self.encode(tokens, y, known), known), hidden)  # (B, M, D)
-        z = z[:, None].expand(-1, x_t.shape[1], -1, -1).flatten(0, 2)
-        return self.diffloss.net(x_t.flatten(0, 2), t.flatten(), z).view(*x_t.shape[:3], -1)
+        """Noised hidden tokens x_t (B, R, M, C) at times t (B, R, M), R times each -> (B, R, M, 2C)."""
+        z = self.decode(self.encode(tokens, y, known), known)
+        z = gather_tokens(z, hidden)  # (B, M, D)
+        repeats = x_t.shape[1]
+        z = z[:, None].expand(-1, repeats, -1, -1)  # (B, R, M, D)
+        out = self.diffloss.net(per_token(x_t), per_token(t), per_token(z))  # (B R M, 2C)
+        return out.view(*x_t.shape[:3], -1)
 
     def objective(self):
         return MaskedTokenObjective(self)
 
-def gather_tokens(x, index):  # x (B, T, D), index (B, K) -> (B, K, D)
+
+def learned(tokens: int, width: int) -> nn.Parameter:
+    """Learned tokens (1, tokens, width)."""
+    return nn.Parameter(0.02 * torch.randn(1, tokens, width))
+
+
+def gather_tokens(x, index):
+    """x (B, T, D), index (B, K) -> (B, K, D)."""
     return x.gather(1, index[..., None].expand(-1, -1, x.shape[2]))
 
-# ---------------------------------------------------------------------------------------------------------------------
+
+# ---------------------------------------------------------------------------------------------------------------
 # The Gaussian process of DiT and MAR.
 
+
 class GaussianDiffusion:
-    """IDDPM (Nichol & Dhariwal 2021) with noise prediction and learned-range variance, as in the DiT and MAR releases.
-    schedule: "linear" or "cosine", 1000 training steps. respacing: see `respace`; a sampler visits only those steps.
-    x is (N, C, ...), a network's output (N, 2C, ...), t (N,) indices into the steps that are left."""
-    # Every coefficient, from abar_t (the product of 1 - beta up to t) and the one before it, `previous`.
-    FORMULAS = dict(
-        alphas_cumprod_prev=lambda abar, previous: previous,
-        log_betas=lambda abar, previous: (1 - abar / previous).log(),
-        sqrt_alphas_cumprod=lambda abar, previous: abar.sqrt(),
-        sqrt_one_minus_alphas_cumprod=lambda abar, previous: (1 - abar).sqrt(),
-        sqrt_recip_alphas_cumprod=lambda abar, previous: (1 / abar).sqrt(),
-        sqrt_recipm1_alphas_cumprod=lambda abar, previous: (1 / abar - 1).sqrt(),
-        log_posterior_variance=lambda abar, previous: ((1 - abar / previous) * (1 - previous) / (1 - abar)).log(),
-        posterior_mean_coef1=lambda abar, previous: (1 - abar / previous) * previous.sqrt() / (1 - abar),
-        posterior_mean_coef2=lambda abar, previous: (1 - previous) * (abar / previous).sqrt() / (1 - abar))
+    """IDDPM (Nichol & Dhariwal 2021) with noise prediction and learned-range variance, as in both releases.
 
-    def __init__(self, schedule: str = "linear", respacing: str = ""):
-        if schedule == "linear":
-            betas = np.linspace(1e-4, 0.02, 1000)
-        else:
-            alpha_bar = lambda t: math.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2
-            betas = [min(1 - alpha_bar((i + 1) / 1000) / alpha_bar(i / 1000), 0.999) for i in range(1000)]
+    schedule: "linear" (DiT) or "cosine" (MAR), 1000 training steps. respacing: see `respace`; a sampler visits only
+    those steps. x is (N, C, ...), a network's output (N, 2C, ...), t (N,) indices into the steps that are left."""
+
+    def __init__(self, schedule: str = "linear", respacing: str = "", device="cpu"):
+        betas = np.linspace(1e-4, 0.02, 1000) if schedule == "linear" else cosine_betas()
         self.timestep_map = respace(respacing)
-        abar = np.cumprod(1 - np.asarray(betas))[self.timestep_map]
-        self.steps, self.table = len(abar), torch.from_numpy(np.stack([abar, np.append(1.0, abar[:-1])]))  # (2, steps)
+        self.steps = len(self.timestep_map)
+        abar = np.cumprod(1 - betas)[self.timestep_map]  # abar_t, the product of 1 - beta up to t
 
-    def at(self, name, t, like):  # a coefficient at t (N,), in float64 -> float32 (N, 1, ...), to multiply with `like`
-        self.table = self.table.to(t.device)
-        return self.FORMULAS[name](*self.table[:, t]).float().view(-1, *[1] * (like.ndim - 1))
+        # The coefficients, one for each step, in float64. After respacing, a beta spans several training steps.
+        abar = torch.from_numpy(abar).to(device)
+        previous = F.pad(abar[:-1], (1, 0), value=1.0)
+        betas = 1 - abar / previous
+        self.alphas_cumprod_prev = previous
+        self.log_betas = betas.log()  # the upper bound of the log variance
+        self.sqrt_alphas_cumprod = abar.sqrt()
+        self.sqrt_one_minus_alphas_cumprod = (1 - abar).sqrt()
+        self.sqrt_recip_alphas_cumprod = (1 / abar).sqrt()
+        self.sqrt_recipm1_alphas_cumprod = (1 / abar - 1).sqrt()
+        # Of the posterior q(x_{t-1} | x_t, x_0). Its variance is 0 at t = 0: the release takes that of t = 1.
+        variance = betas * (1 - previous) / (1 - abar)
+        variance[0] = variance[1]
+        self.posterior_log_variance = variance.log()  # the lower bound of the log variance
+        self.posterior_mean_coef1 = betas * previous.sqrt() / (1 - abar)
+        self.posterior_mean_coef2 = (1 - previous) * (abar / previous).sqrt() / (1 - abar)
 
-    def posterior_log_variance(self, t, like):  # -infinity at t = 0, where the release takes that of t = 1
-        return self.at("log_posterior_variance", t.clamp(min=1), like)
-
-    def q_sample(self, x_start, t, noise):  # x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) noise
-        mean = self.at("sqrt_alphas_cumprod", t, x_start) * x_start
-        return mean + self.at("sqrt_one_minus_alphas_cumprod", t, x_start) * noise
+    def q_sample(self, x_start, t, eps):
+        """x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps."""
+        of_x = at(self.sqrt_alphas_cumprod, t, x_start)
+        of_eps = at(self.sqrt_one_minus_alphas_cumprod, t, x_start)
+        return of_x * x_start + of_eps * eps
 
     def q_posterior_mean(self, x_start, x_t, t):
-        return self.at("posterior_mean_coef1", t, x_t) * x_start + self.at("posterior_mean_coef2", t, x_t) * x_t
+        of_x_start = at(self.posterior_mean_coef1, t, x_t)
+        of_x_t = at(self.posterior_mean_coef2, t, x_t)
+        return of_x_start * x_start + of_x_t * x_t
 
     def p_mean_variance(self, out, x_t, t):
         """-> mean and log variance of p(x_{t-1} | x_t), and the predicted x_0. The network interpolates the log
         variance between its bounds, the posterior's and beta (IDDPM, eq. 15)."""
         eps, v = out.chunk(2, dim=1)
-        low, high = self.posterior_log_variance(t, x_t), self.at("log_betas", t, x_t)
+        low = at(self.posterior_log_variance, t, x_t)
+        high = at(self.log_betas, t, x_t)
         log_variance = (v + 1) / 2 * high + (1 - v) / 2 * low
-        scale_x, scale_eps = (self.at(f"sqrt_{k}_alphas_cumprod", t, x_t) for k in ("recip", "recipm1"))
-        x_start = scale_x * x_t - scale_eps * eps
-        return self.q_posterior_mean(x_start, x_t, t), log_variance, x_start
+        # x_t = sqrt(abar) x_0 + sqrt(1 - abar) eps, solved for x_0
+        of_x = at(self.sqrt_recip_alphas_cumprod, t, x_t)
+        of_eps = at(self.sqrt_recipm1_alphas_cumprod, t, x_t)
+        x_start = of_x * x_t - of_eps * eps
+        mean = self.q_posterior_mean(x_start, x_t, t)
+        return mean, log_variance, x_start
 
     def variance_bound(self, out, x_start, x_t, t, target=None):
-        """The learned variances' loss, bits per dimension, (N,): KL(target || ours) for t > 0, likelihood of x_0 at 0.
-        target: (mean, log variance) of a teacher; without one, the true posterior. The means get no gradient."""
+        """The loss of the learned variances, in bits per dimension, (N,): KL(target || ours) for t > 0, the
+        likelihood of x_0 at t = 0. target: a teacher's (mean, log variance); without one, the true posterior's."""
         eps, v = out.chunk(2, dim=1)
-        mean, log_variance, _ = self.p_mean_variance(torch.cat([eps.detach(), v], dim=1), x_t, t)
-        true, log_true = target or (self.q_posterior_mean(x_start, x_t, t), self.posterior_log_variance(t, x_t))
-        kl = 0.5 * (-1 + log_variance - log_true + (log_true - log_variance).exp()
-                    + (true - mean) ** 2 * (-log_variance).exp())
+        out = torch.cat([eps.detach(), v], dim=1)  # the means get no gradient from here: they have the MSE on the noise
+        mean, log_variance, _ = self.p_mean_variance(out, x_t, t)
+        if target is None:
+            true_mean = self.q_posterior_mean(x_start, x_t, t)
+            true_log_variance = at(self.posterior_log_variance, t, x_t)
+        else:
+            true_mean, true_log_variance = target
+        # KL of two Gaussians
+        ratio = (true_log_variance - log_variance).exp()
+        distance = (true_mean - mean) ** 2 * (-log_variance).exp()
+        kl = 0.5 * (-1 + log_variance - true_log_variance + ratio + distance)
         nll = -discretized_log_likelihood(x_start, mean, 0.5 * log_variance)
-        return torch.where(t == 0, flat_mean(nll), flat_mean(kl)) / math.log(2)
+        bound = torch.where(t == 0, flat_mean(nll), flat_mean(kl))
+        return bound / math.log(2)  # from nats to bits
 
-    def loss(self, out, x_start, x_t, t, noise):  # MSE on the noise + the bound on the variances, (N,)
+    def loss(self, out, x_start, x_t, t, eps):
+        """MSE on the noise, and the bound on the variances, (N,)."""
         out = out.float()
-        return flat_mean((out.chunk(2, dim=1)[0] - noise) ** 2) + self.variance_bound(out, x_start, x_t, t)
+        predicted, _ = out.chunk(2, dim=1)
+        mse = flat_mean((predicted - eps) ** 2)
+        return mse + self.variance_bound(out, x_start, x_t, t)
 
-    def kd(self, out, out_teacher, x_start, x_t, t):  # MSE of the noise predictions + KL(teacher || student), (N,)
-        out, out_teacher = out.float(), out_teacher.float()
-        mse = flat_mean((out.chunk(2, dim=1)[0] - out_teacher.chunk(2, dim=1)[0]) ** 2)
-        return mse + self.variance_bound(out, x_start, x_t, t, target=self.p_mean_variance(out_teacher, x_t, t)[:2])
+    def kd(self, out, out_teacher, x_start, x_t, t):
+        """MSE of student's and teacher's noise predictions, and KL(teacher || student), (N,)."""
+        out = out.float()
+        out_teacher = out_teacher.float()
+        eps, _ = out.chunk(2, dim=1)
+        eps_teacher, _ = out_teacher.chunk(2, dim=1)
+        mse = flat_mean((eps - eps_teacher) ** 2)
+        mean, log_variance, _ = self.p_mean_variance(out_teacher, x_t, t)
+        return mse + self.variance_bound(out, x_start, x_t, t, target=(mean, log_variance))
+
+
+def at(table, t, like):
+    """The coefficients of steps t (N,), as float32 (N, 1, ...), to multiply with `like` (N, ...)."""
+    return table[t].float().view(-1, *[1] * (like.ndim - 1))
+
+
+def cosine_betas(steps: int = 1000) -> np.ndarray:
+    """IDDPM, eq. 17: abar(t) is a squared cosine; no beta is above 0.999."""
+    times = [i / steps for i in range(steps + 1)]
+    abar = [math.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2 for t in times]
+    betas = [1 - after / before for before, after in zip(abar, abar[1:])]
+    return np.minimum(betas, 0.999)
+
 
 def respace(respacing: str, total: int = 1000) -> list:
-    """The training timesteps a sampler visits: "250" evenly spread ones, both ends included; "ddim50": every 20th."""
-    match = re.fullmatch(r"(ddim)?([0-9]{1,6})", respacing or str(total))
-    if match and match[1]:
+    """The training steps that a sampler visits: "250" evenly spread ones, both ends included; "ddim50": every 20th."""
+    text = respacing or str(total)
+    count = text.removeprefix("ddim")
+    count = int(count) if count.isdecimal() else 0
+    if text.startswith("ddim"):
         for stride in range(1, total):
-            if len(range(0, total, stride)) == int(match[2]):
-                return list(range(0, total, stride))
-    elif match and 2 <= int(match[2]) <= total:
-        stride = (total - 1) / (int(match[2]) - 1)
-        return [round(i * stride) for i in range(int(match[2]))]
-    raise UserError(f"no stride takes {respacing!r} of {total} steps; give 2 to {total}, or ddimN, N like 25 or 50")
+            steps = list(range(0, total, stride))
+            if len(steps) == count:
+                return steps
+    elif 2 <= count <= total:
+        stride = (total - 1) / (count - 1)
+        return [round(i * stride) for i in range(count)]
+    raise UserError(f"no stride takes {text!r} of {total} steps; give 2 to {total}, or ddimN with N like 25 or 50")
+
 
 def discretized_log_likelihood(x, mean, log_scale):
-    """Log probability of x under a Gaussian integrated over bins of width 2/255, the outermost reaching to infinity."""
-    cdf = lambda z: 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)))  # as the releases do
+    """Log probability of x under a Gaussian that is integrated over bins of width 2/255, as in the releases; the
+    outermost bins reach to infinity."""
     inverse = (-log_scale).exp()
-    upper, lower = cdf(inverse * (x - mean + 1 / 255)), cdf(inverse * (x - mean - 1 / 255))
-    log = lambda p: p.clamp(min=1e-12).log()
-    return torch.where(x < -0.999, log(upper), torch.where(x > 0.999, log(1 - lower), log(upper - lower)))
+    upper = approximate_cdf(inverse * (x - mean + 1 / 255))
+    lower = approximate_cdf(inverse * (x - mean - 1 / 255))
+    inside = safe_log(upper - lower)
+    at_the_right = torch.where(x > 0.999, safe_log(1 - lower), inside)
+    return torch.where(x < -0.999, safe_log(upper), at_the_right)
 
-def flat_mean(x):  # (N, ...) -> (N,)
+
+def approximate_cdf(z):
+    """Of the standard normal distribution, the tanh approximation."""
+    cubic = z + 0.044715 * z**3
+    return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * cubic))
+
+
+def safe_log(p):
+    return p.clamp(min=1e-12).log()
+
+
+def flat_mean(x):
+    """(N, ...) -> (N,)."""
     return x.flatten(1).mean(1)
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Training objectives. draw: the randomness of one training step; predict: the network's answer; loss, kd: per sample.
 
-def drop_labels(y, rng, classes, probability=0.1):
+# ---------------------------------------------------------------------------------------------------------------
+# Training objectives. make_batch draws all the randomness of one training step, so that teacher and student can be
+# asked about the same batch; predict is the network's answer; loss and kd (against a teacher's answer) are (B,).
+
+
+def drop_labels(y, rng, classes: int, probability: float = 0.1):
     """Replaces a tenth of the labels by the null label, so that one network learns both sides of guidance."""
     return torch.where(rng.uniform() < probability, classes, y)
 
-class DiffusionObjective:
-    """DiT: noise prediction at a uniform timestep, learned variances."""
-    schedule, inputs = "linear", ("x_t", "t", "y")
+
+class NoiseObjective:
+    """DiT: predict the noise at a uniform timestep, and the variances."""
+
     def __init__(self, net):
-        self.net, self.diffusion = net, GaussianDiffusion(self.schedule)
+        self.classes = net.classes
+        self.diffusion = GaussianDiffusion("linear", device=device_of(net))
 
     def make_batch(self, x, y, rng):
-        """Latents x (B, C, H, W), labels y (B,), rng: RowGenerator -> a batch: dict of tensors with B rows."""
-        t, eps = (rng.uniform() * self.diffusion.steps).long(), rng.normal(*x.shape[1:])
+        """Latents x (B, C, H, W), labels y (B,), RowGenerator -> a dict of tensors with B rows."""
+        t = (rng.uniform() * self.diffusion.steps).long()
+        eps = rng.normal(*x.shape[1:])
         x_t = self.diffusion.q_sample(x, t, eps)
-        return dict(x_start=x, x_t=x_t, t=t, eps=eps, y=drop_labels(y, rng, self.net.classes))
+        return dict(x_start=x, x_t=x_t, t=t, eps=eps, y=drop_labels(y, rng, self.classes))
 
     def predict(self, net, batch):
-        return net(*(batch[k] for k in self.inputs))
+        return net(batch["x_t"], batch["t"], batch["y"])
 
     def loss(self, out, batch):
-        return self.per_sample(self.diffusion.loss, out, *(batch[k] for k in ("x_start", "x_t", "t", "eps")))
+        return self.diffusion.loss(out, batch["x_start"], batch["x_t"], batch["t"], batch["eps"])
 
     def kd(self, out, out_teacher, batch):
-        return self.per_sample(self.diffusion.kd, out, out_teacher, *(batch[k] for k in ("x_start", "x_t", "t")))
+        return self.diffusion.kd(out, out_teacher, batch["x_start"], batch["x_t"], batch["t"])
 
-    def per_sample(self, function, *values):
-        return function(*values)
 
-class InterpolantObjective(DiffusionObjective):
-    """SiT: x_t = t x_1 + (1 - t) x_0 from noise x_0 to data x_1; the network predicts the velocity x_1 - x_0."""
-    def make_batch(self, x, y, rng):  # t is uniform on [0, 1)
-        t, eps = rng.uniform(), rng.normal(*x.shape[1:])
+class VelocityObjective:
+    """SiT: x_t = t x_1 + (1 - t) x_0 from noise x_0 to data x_1; predict the velocity x_1 - x_0."""
+
+    def __init__(self, net):
+        self.classes = net.classes
+
+    def make_batch(self, x, y, rng):
+        """Latents x (B, C, H, W), labels y (B,), RowGenerator -> a dict of tensors with B rows."""
+        t = rng.uniform()
+        eps = rng.normal(*x.shape[1:])
         s = t.view(-1, 1, 1, 1)
-        return dict(x_t=s * x + (1 - s) * eps, t=t, velocity=x - eps, y=drop_labels(y, rng, self.net.classes))
+        x_t = s * x + (1 - s) * eps
+        return dict(x_t=x_t, t=t, velocity=x - eps, y=drop_labels(y, rng, self.classes))
+
+    def predict(self, net, batch):
+        return net(batch["x_t"], batch["t"], batch["y"])
 
     def loss(self, out, batch):
         return flat_mean((out.float() - batch["velocity"]) ** 2)
@@ -470,431 +679,555 @@ class InterpolantObjective(DiffusionObjective):
     def kd(self, out, out_teacher, batch):
         return flat_mean((out.float() - out_teacher.float()) ** 2)
 
-class MaskedTokenObjective(DiffusionObjective):
-    """MAR: hide 70 to 100 % of the tokens, predict the noise on each hidden one from what the rest says (DiffLoss)."""
-    schedule, inputs = "cosine", ("tokens", "y", "known", "hidden", "x_t", "t")
-    repeats = 4  # diffusion_batch_mul: timesteps per token, since the small network is cheap beside the encoder
+
+class MaskedTokenObjective:
+    """MAR: hide 70 to 100 % of the tokens, and predict the noise on each hidden one from what the others say."""
+
+    repeats = 4  # times for each token and step (diffusion_batch_mul), since the denoiser is cheap beside the encoder
     mask_ratio = scipy.stats.truncnorm(-0.3 / 0.25, 0, loc=1.0, scale=0.25)
+
+    def __init__(self, net):
+        self.classes = net.classes
+        self.patchify = net.patchify
+        self.diffusion = GaussianDiffusion("cosine", device=device_of(net))
+
     def make_batch(self, x, y, rng):
-        """All rows hide the same number of tokens, each in a random order of its own."""
-        tokens = self.net.patchify(x)  # (B, T, C)
-        count = math.ceil(tokens.shape[1] * self.mask_ratio.ppf(rng.shared.random()))
-        order = rng.uniform(tokens.shape[1]).argsort(dim=1)
-        hidden, known = order[:, :count].sort(dim=1)[0], order[:, count:].sort(dim=1)[0]
-        x_start = gather_tokens(tokens, hidden)[:, None].expand(-1, self.repeats, -1, -1)  # (B, R, M, C)
+        """Latents x (B, C, H, W), labels y (B,), RowGenerator -> a dict of tensors with B rows. All rows hide the
+        same number of tokens, each row in a random order of its own."""
+        tokens = self.patchify(x)  # (B, T, C)
+        T = tokens.shape[1]
+        count = math.ceil(T * self.mask_ratio.ppf(rng.shared.random()))
+        order = rng.uniform(T).argsort(dim=1)
+        hidden = order[:, :count].sort(dim=1)[0]
+        known = order[:, count:].sort(dim=1)[0]
+        x_start = gather_tokens(tokens, hidden)  # (B, M, C)
+        x_start = x_start[:, None].expand(-1, self.repeats, -1, -1)  # (B, R, M, C)
         t = (rng.uniform(self.repeats, count) * self.diffusion.steps).long()
         eps = rng.normal(*x_start.shape[1:])
-        x_t = self.diffusion.q_sample(x_start.flatten(0, 2), t.flatten(), eps.flatten(0, 2)).view_as(eps)
-        y = drop_labels(y, rng, self.net.classes)
+        x_t = self.diffusion.q_sample(per_token(x_start), per_token(t), per_token(eps)).view_as(eps)
+        y = drop_labels(y, rng, self.classes)
         return dict(tokens=tokens, y=y, known=known, hidden=hidden, x_start=x_start, x_t=x_t, t=t, eps=eps)
 
-    def per_sample(self, function, *values):
-        """Each token is a sample of the process; values (B, R, M, ...) -> the mean of each image's tokens, (B,)."""
-        return function(*(v.flatten(0, 2) for v in values)).view(len(values[0]), -1).mean(1)
+    def predict(self, net, batch):
+        return net(batch["tokens"], batch["y"], batch["known"], batch["hidden"], batch["x_t"], batch["t"])
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The table of models. One row says all that a stage has to know of a model:
-#   family, shape   what `build_model` builds
-#   vae             whose latents it works on (extract_latents.py: VAES)
-#   recipe          prune.py's and distill.py's defaults: those of the paper (table 6) and its release
-#   sampling        sample.py's defaults: the sampler, and all the settings that the family's samplers have
-#   weights         the official file and its address; None: weights/NAME.pt, where that is bundled
+    def loss(self, out, batch):
+        loss = self.diffusion.loss(per_token(out), *self.noised(batch), per_token(batch["eps"]))
+        return loss.view(len(out), -1).mean(1)
 
-XL, L = dict(width=1152, depth=28, heads=16), dict(width=1024, depth=24, heads=16)
-B, S = dict(width=768, depth=12, heads=12), dict(width=384, depth=12, heads=6)
-TINY = dict(width=96, depth=12, heads=3, input_size=8, classes=10)  # for the bundled digits
-MAR_H = dict(width=1280, depth=40, heads=16, loss_width=1536, loss_depth=12)
-MAR_L = dict(width=1024, depth=32, heads=16, loss_width=1280, loss_depth=8)
-MAR_B = dict(width=768, depth=24, heads=12, loss_width=1024, loss_depth=6)
-MAR_TINY = TINY | dict(loss_width=256, loss_depth=2, channels=4, patch=2, buffer=4, dropout=0.0)
+    def kd(self, out, out_teacher, batch):
+        loss = self.diffusion.kd(per_token(out), per_token(out_teacher), *self.noised(batch))
+        return loss.view(len(out), -1).mean(1)
 
-def recipe(beta: float, epochs: int) -> dict:
-    return dict(prune=dict(batch_size=128, epochs=1, save_every=1000),
-                distill=dict(batch_size=256, epochs=epochs, lr=2e-4, ema=0.9999, beta=beta, save_every=5000))
+    def noised(self, batch):
+        return per_token(batch["x_start"]), per_token(batch["x_t"]), per_token(batch["t"])
 
-def recipe_tiny(beta: float) -> dict:
-    return dict(prune=dict(batch_size=64, steps=250, save_every=100),
-                distill=dict(batch_size=64, steps=800, lr=1e-3, ema=0.999, beta=beta, save_every=250))
 
-DDPM = dict(sampler="ddpm", steps=250, guidance=1.5, guidance_channels=3)  # 3 channels of 4: as in the releases
-SDE = DDPM | dict(sampler="sde-euler", diffusion_form="sigma", last_step="mean", last_step_size=0.04)
-SHORT = dict(steps=64, guidance_channels=4)
-# The guidance is that of MAR's published numbers, which take 256 rounds (--steps 256).
+def per_token(v):
+    """(B, R, M, ...) -> (B R M, ...): to the process of MAR, each token is a sample."""
+    return v.flatten(0, 2)
+
+
+def device_of(net) -> torch.device:
+    return next(net.parameters()).device
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The table of models. An entry says what a weights file cannot:
+#   family, shape    what `build_model` builds; for a file only the heads (and MAR's patch and dropout) are taken
+#   vae              whose latents the model works on (extract_latents.py: VAES)
+#   prune, distill   the defaults of these stages: those of the paper (table 6) and its release
+#   sampling         the default sampler with its settings (sample.py)
+#   weights          the official file and its address; without: weights/NAME.pt, where that is bundled
+
+DIT_URL = "https://dl.fbaipublicfiles.com/DiT/models/"
+TINYDIT_URL = "https://github.com/VainF/TinyFusion/releases/download/v1.0.0/"
+SIT_URL = ("https://www.dl.dropboxusercontent.com/scl/fi/as9oeomcbub47de5g4be0/SiT-XL-2-256.pt"
+           "?rlkey=uxzxmpicu46coq3msb17b9ofa&dl=1")
+MAR_URL = "https://www.dropbox.com/scl/fi/"
+MAR_HUGE_URL = MAR_URL + "1qmfx6fpy3k7j9vcjjs3s/checkpoint-last.pth?rlkey=4lae281yzxb406atp32vzc83o&dl=1"
+MAR_LARGE_URL = MAR_URL + "pxacc5b2mrt3ifw4cah6k/checkpoint-last.pth?rlkey=m48ovo6g7ivcbosrbdaz0ehqt&dl=1"
+MAR_BASE_URL = MAR_URL + "f6dpuyjb7fudzxcyhvrhk/checkpoint-last.pth?rlkey=a6i4bo71vhfo4anp33n9ukujb&dl=1"
+
+# ImageNet: epochs; the digits: steps.
+PRUNE = dict(batch_size=128, epochs=1, save_every=1000)
+DISTILL = dict(batch_size=256, epochs=100, lr=2e-4, ema=0.9999, beta=1e-2, save_every=5000)
+PRUNE_TINY = dict(batch_size=64, steps=250, save_every=100)
+DISTILL_TINY = dict(batch_size=64, steps=800, lr=1e-3, ema=0.999, beta=1e-2, save_every=250)
+
+# Guidance of 3 channels of 4: as in the releases. That of MAR belongs to its published numbers, with 256 rounds.
+DDPM = dict(sampler="ddpm", steps=250, guidance=1.5, guidance_channels=3)
+SDE = dict(DDPM, sampler="sde-euler", diffusion_form="sigma", last_step="mean", last_step_size=0.04)
 ROUNDS = dict(sampler="mar", steps=64, guidance=3.0, guidance_schedule="linear", temperature=1.0, token_steps=100)
 
-DIT_URL, MAR_URL = "https://dl.fbaipublicfiles.com/DiT/models/{}", "https://www.dropbox.com/scl/fi/"
-TINYDIT_URL = "https://github.com/VainF/TinyFusion/releases/download/v1.0.0/{}"
-SIT_URL = "https://www.dl.dropboxusercontent.com/scl/fi/as9oeomcbub47de5g4be0/{}?rlkey=uxzxmpicu46coq3msb17b9ofa&dl=1"
+DIT_MODEL = dict(family=DiT, vae="sd-ema", prune=PRUNE, distill=DISTILL, sampling=DDPM)
+SIT_MODEL = dict(family=SiT, vae="sd-ema", prune=PRUNE, distill=dict(DISTILL, beta=2e-4), sampling=SDE)
+MAR_MODEL = dict(family=MAR, vae="kl16", prune=PRUNE, distill=dict(DISTILL, epochs=40), sampling=ROUNDS)
 
-def row(family, shape, vae, recipe, sampling, file=None, url="") -> dict:
-    weights = file and (file, url.format(file))
-    return dict(family=family, shape=shape, vae=vae, recipe=recipe, sampling=sampling, weights=weights)
+SHAPE_XL = dict(width=1152, depth=28, heads=16)
+SHAPE_L = dict(width=1024, depth=24, heads=16)
+SHAPE_B = dict(width=768, depth=12, heads=12)
+SHAPE_S = dict(width=384, depth=12, heads=6)
+SHAPE_TINY = dict(width=96, depth=12, heads=3, input_size=8, classes=10)
 
-DIT_ROW, SIT_ROW = ("sd-ema", recipe(1e-2, 100), DDPM), ("sd-ema", recipe(2e-4, 100), SDE)
-MAR_ROW = ("kl16", recipe(1e-2, 40))
 MODELS = {
-    "dit-xl": row(DiT, XL, *DIT_ROW, "DiT-XL-2-256x256.pt", DIT_URL),
-    "dit-xl-512": row(DiT, XL | dict(input_size=64), *DIT_ROW, "DiT-XL-2-512x512.pt", DIT_URL),
-    "dit-l": row(DiT, L, *DIT_ROW),
-    "dit-b": row(DiT, B, *DIT_ROW),
-    "dit-s": row(DiT, S, *DIT_ROW),
-    "dit-d14": row(DiT, XL | dict(depth=14), *DIT_ROW, "TinyDiT-D14-MaskedKD-500K.pt", TINYDIT_URL),  # cut from dit-xl
-    "dit-tiny": row(DiT, TINY, "digits", recipe_tiny(1e-2), DDPM | SHORT),
-    "sit-xl": row(SiT, XL, *SIT_ROW, "SiT-XL-2-256.pt", SIT_URL),
-    "sit-l": row(SiT, L, *SIT_ROW),
-    "sit-b": row(SiT, B, *SIT_ROW),
-    "sit-s": row(SiT, S, *SIT_ROW),
-    "sit-tiny": row(SiT, TINY, "digits", recipe_tiny(2e-4), SDE | SHORT),
-    "mar-huge": row(MAR, MAR_H, *MAR_ROW, ROUNDS | dict(guidance=3.2), "mar-huge.pth",
-                    MAR_URL + "1qmfx6fpy3k7j9vcjjs3s/checkpoint-last.pth?rlkey=4lae281yzxb406atp32vzc83o&dl=1"),
-    "mar-large": row(MAR, MAR_L, *MAR_ROW, ROUNDS, "mar-large.pth",
-                     MAR_URL + "pxacc5b2mrt3ifw4cah6k/checkpoint-last.pth?rlkey=m48ovo6g7ivcbosrbdaz0ehqt&dl=1"),
-    "mar-base": row(MAR, MAR_B, *MAR_ROW, ROUNDS | dict(guidance=2.9), "mar-base.pth",
-                    MAR_URL + "f6dpuyjb7fudzxcyhvrhk/checkpoint-last.pth?rlkey=a6i4bo71vhfo4anp33n9ukujb&dl=1"),
-    # Tokens are drawn in strides of 40, from t = 960 on: at t = 999 of the cosine schedule the predicted x_0 holds the
-    # network's error times 20,000. A few thousand steps of training do not make that small: samples would diverge.
-    "mar-tiny": row(MAR, MAR_TINY, "digits", recipe_tiny(1e-2), ROUNDS | dict(steps=8, token_steps="ddim25")),
+    "dit-xl": dict(DIT_MODEL, shape=SHAPE_XL, weights=("DiT-XL-2-256x256.pt", DIT_URL + "DiT-XL-2-256x256.pt")),
+    "dit-xl-512": dict(
+        DIT_MODEL,
+        shape=dict(SHAPE_XL, input_size=64),
+        weights=("DiT-XL-2-512x512.pt", DIT_URL + "DiT-XL-2-512x512.pt"),
+    ),
+    "dit-l": dict(DIT_MODEL, shape=SHAPE_L),
+    "dit-b": dict(DIT_MODEL, shape=SHAPE_B),
+    "dit-s": dict(DIT_MODEL, shape=SHAPE_S),
+    "dit-d14": dict(  # the paper's, cut from dit-xl
+        DIT_MODEL,
+        shape=dict(SHAPE_XL, depth=14),
+        weights=("TinyDiT-D14-MaskedKD-500K.pt", TINYDIT_URL + "TinyDiT-D14-MaskedKD-500K.pt"),
+    ),
+    "sit-xl": dict(SIT_MODEL, shape=SHAPE_XL, weights=("SiT-XL-2-256.pt", SIT_URL)),
+    "sit-l": dict(SIT_MODEL, shape=SHAPE_L),
+    "sit-b": dict(SIT_MODEL, shape=SHAPE_B),
+    "sit-s": dict(SIT_MODEL, shape=SHAPE_S),
+    "mar-huge": dict(
+        MAR_MODEL,
+        shape=dict(width=1280, depth=40, heads=16, loss_width=1536, loss_depth=12),
+        sampling=dict(ROUNDS, guidance=3.2),
+        weights=("mar-huge.pth", MAR_HUGE_URL),
+    ),
+    "mar-large": dict(
+        MAR_MODEL,
+        shape=dict(width=1024, depth=32, heads=16, loss_width=1280, loss_depth=8),
+        weights=("mar-large.pth", MAR_LARGE_URL),
+    ),
+    "mar-base": dict(
+        MAR_MODEL,
+        shape=dict(width=768, depth=24, heads=12, loss_width=1024, loss_depth=6),
+        sampling=dict(ROUNDS, guidance=2.9),
+        weights=("mar-base.pth", MAR_BASE_URL),
+    ),
+    # The digits.
+    "dit-tiny": dict(
+        family=DiT,
+        shape=SHAPE_TINY,
+        vae="digits",
+        prune=PRUNE_TINY,
+        distill=DISTILL_TINY,
+        sampling=dict(DDPM, steps=64, guidance_channels=4),
+    ),
+    "sit-tiny": dict(
+        family=SiT,
+        shape=SHAPE_TINY,
+        vae="digits",
+        prune=PRUNE_TINY,
+        distill=dict(DISTILL_TINY, beta=2e-4),
+        sampling=dict(SDE, steps=64, guidance_channels=4),
+    ),
+    # Tokens are drawn in strides of 40, from t = 960 on: at t = 999 of the cosine schedule the predicted x_0 holds
+    # the network's error times 20,000. A few thousand steps of training do not make that small: samples diverge.
+    "mar-tiny": dict(
+        family=MAR,
+        shape=dict(SHAPE_TINY, loss_width=256, loss_depth=2, channels=4, patch=2, buffer=4, dropout=0.0),
+        vae="digits",
+        prune=PRUNE_TINY,
+        distill=DISTILL_TINY,
+        sampling=dict(ROUNDS, steps=8, token_steps="ddim25"),
+    ),
 }
 
-def row_of(name: str) -> dict:
+
+def model_entry(name: str) -> dict:
     if name not in MODELS:
         raise UserError(f"no model is called {name!r}; there are {', '.join(MODELS)}")
     return MODELS[name]
 
-def build_model(name: str, depth=None, **overrides) -> nn.Module:
-    """A network with fresh weights. depth: another number of blocks, or a plan (see `block_plan`)."""
-    shape = row_of(name)["shape"] | overrides
-    return row_of(name)["family"](**shape | dict(depth=shape["depth"] if depth is None else depth))
 
-def weights_of(name: str) -> tuple:  # the file in weights/, and the address it is from, or None if it is bundled
-    return row_of(name)["weights"] or (f"{name}.pt", None)
+def build_model(name: str, depth=None, **shape) -> nn.Module:
+    """A network with fresh weights. depth and shape: what differs from the table's."""
+    entry = model_entry(name)
+    shape = entry["shape"] | shape
+    if depth is not None:
+        shape["depth"] = depth
+    net = entry["family"](**shape)
+    net.name = name
+    return net
+
+
+def weights_of(name: str) -> tuple:
+    """The file in weights/, and the address that it is from, or None if it is bundled."""
+    return model_entry(name).get("weights", (f"{name}.pt", None))
+
 
 def list_models():
     """Prints the table: name, layers, parameters, where the weights are from, and which are on this disk."""
     for name in MODELS:
-        with torch.device("meta"):
+        with torch.device("meta"):  # shapes without memory
             net = build_model(name)
-        size, (file, url) = sum(p.numel() for p in net.parameters()) / 1e6, weights_of(name)
+        size = sum(p.numel() for p in net.parameters()) / 1e6
+        file, url = weights_of(name)
         here = (ROOT / "weights" / file).exists()
-        source = (f"from {url.split('?')[0]}" if url else "bundled" if here else "none known") + ", on this disk" * here
+        source = "on this disk"
+        if not here:
+            source = f"from {url.split('?')[0]}" if url else "none known"
         print(f"{name:<10} {sum(net.depths()):>2} layers {size:>6.1f} M parameters   weights/{file}: {source}")
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Plumbing, to be skipped at first. Checkpoints: a dict of `model`, `ema` (weights), `config`, `step`, and what resuming
-# needs. Official files have no config: --model says what they hold, and the depth is read from the keys.
+
+# ---------------------------------------------------------------------------------------------------------------
+# Skip the rest at first. Checkpoints: a dict of `model` and `ema` (weights), `config`, `step`, and what resuming
+# needs. Official files have no config: --model says what they hold, and the shape is read from the weights.
+
 
 def load_model(name: str = None, ckpt: str = None, device="cpu", weights: str = "ema"):
-    """-> (network in eval mode, config). From `ckpt` (a path, a URL, any official format), else the table's weights.
-    weights: "ema" or "model", where a file has both. config: name, depth (one entry per block list), overrides of the
-    table's shape; of a pruned network also kept (layer indices), scheme, granularity, parent. No weight is copied."""
+    """-> (network in eval mode, config). From `ckpt` (a path or URL, any official format), else the table's weights.
+
+    weights: "ema" or "model", where a file has both. config: name and depth (one number per list of blocks); of a
+    pruned network also kept (layer indices), scheme, granularity, parent. No weight is copied: the file is mapped."""
     path = locate(ckpt) if ckpt else fetch(*weights_of(name))
     state, config = read_state(path, weights)
-    if not config or config["name"] not in MODELS:  # official, or other people's, who have a `config` too
+    named = config.get("name")
+    if named not in MODELS:  # an official file, or one of other people, who have a config too
         if name is None:
-            raise UserError(f"{path} does not say which model it holds; add --model NAME")
+            holds = f"holds {named!r}, which is not in the table of models" if named else "does not say what it holds"
+            raise UserError(f"{path} {holds}; add --model NAME, the entry whose family and heads it has")
         config = dict(name=name)
-    if name not in (None, config["name"]):
-        raise UserError(f"{path} holds {config['name']}, not {name}; give --model {config['name']} or another --ckpt")
-    with reading(path), torch.device("meta"):
-        plan = [plan_of(state, blocks) for blocks in row_of(config["name"])["family"].block_lists]
-        net = build_model(config["name"], plan, **checked_overrides(config, state))
+    elif name not in (None, named):
+        raise UserError(f"{path} holds {named}, not {name}; give --model {named} or another --ckpt")
+    entry = model_entry(config["name"])
+    with reading(path), torch.device("meta"):  # fresh weights would be thrown away
+        net = build_model(config["name"], **entry["family"].shape_of(state, entry["shape"]))
+        remove_missing_halves(net, state)
         load_state(net, state, path)
     return net.to(device).eval(), {**config, "depth": net.depths()}
 
-def plan_of(state: dict, blocks: str) -> list:
-    """From the names of the weights: which halves each block of a list holds, see `block_plan`."""
-    names = (re.match(rf"{blocks}\.(\d+)\.(attn|mlp)\.", key) for key in state)
-    found = sorted({(int(m[1]), m[2]) for m in names if m})
-    return [tuple(half for _, half in block) for _, block in itertools.groupby(found, lambda pair: pair[0])]
 
-def checked_overrides(config: dict, state: dict) -> dict:
-    """A config may hold anything, also a width of 10^9: no number may be above the longest side of the weights."""
-    kinds = dict(overrides=dict, kept=list, scheme=list, granularity=str, parent=str)
-    valid = all(isinstance(config.get(k, kind()), kind) for k, kind in kinds.items())
-    overrides, longest = config.get("overrides", {}), max(side for v in state.values() for side in (1, *v.shape))
-    if not valid or any(not 0 <= v <= longest or k != "dropout" and type(v) is not int for k, v in overrides.items()):
-        raise ValueError(f"its config {config}")
-    return overrides
+def remove_missing_halves(net, state: dict):
+    """Leaves of a block what the weights have, its attention or its MLP, if they lack the other."""
+    for name in net.block_lists:
+        for i, block in enumerate(getattr(net, name)):
+            for half in HALVES:
+                prefix = f"{name}.{i}.{half}."
+                if hasattr(block, half) and not any(key.startswith(prefix) for key in state):
+                    remove_half(block, half)
+
 
 def load_state(net: nn.Module, state: dict, source):
-    """Puts `state` into `net`, all keys and shapes equal, as float32; UserError that names the first difference."""
-    looks = lambda tensors: {k: tuple(v.shape) if v.is_floating_point() else v.dtype for k, v in tensors.items()}
-    wanted, found = looks(net.state_dict()), looks(state)
-    wrong = [k for k in wanted | found if wanted.get(k) != found.get(k)]
-    if wrong:
-        pair = f"{found.get(wrong[0], 'missing')} in the file, {wanted.get(wrong[0], 'none')} in the model"
-        raise UserError(f"{source} does not fit the model asked for, {len(wrong)} tensors differ, the first "
-                        f"{wrong[0][:80]!r}: {pair}; give another file or another --model")
-    net.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in state.items()}, assign=True)
+    """Puts `state` into `net` as float32; the UserError names the keys or shapes that differ."""
+    with reading(source):
+        net.load_state_dict({key: v.float() for key, v in state.items()}, assign=True)
 
-# What releases store beside their weights: arguments, and numbers of numpy, whose maker has two names.
+
+# What official files store beside their weights: arguments, and numbers of numpy, whose maker has two names.
 MAKE_SCALAR = np.float64(0).__reduce__()[0]
-HARMLESS = [argparse.Namespace, np.dtype, np.dtypes.Float64DType, np.dtypes.Float32DType, np.dtypes.Int64DType,
-            (MAKE_SCALAR, "numpy.core.multiarray.scalar"), (MAKE_SCALAR, "numpy._core.multiarray.scalar")]
+HARMLESS = [
+    argparse.Namespace,
+    np.dtype,
+    np.dtypes.Float64DType,
+    np.dtypes.Float32DType,
+    np.dtypes.Int64DType,
+    (MAKE_SCALAR, "numpy.core.multiarray.scalar"),
+    (MAKE_SCALAR, "numpy._core.multiarray.scalar"),
+]
+
 
 def read_torch(path) -> dict:
     """torch.load that runs no code (weights_only) and maps the file instead of reading it."""
     with reading(path), torch.serialization.safe_globals(HARMLESS):
         return dict(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
 
+
 def read_state(path, weights: str = "ema"):
-    """A weights file of anybody -> (state dict on the CPU, our config or None). Never runs pickled code. Reads
-    `.safetensors`, and torch files, plain or nested under ema, model, model_ema or state_dict, with or without DDP's
-    "module." prefix. weights: "ema" or "model", where a file has both."""
+    """Anybody's weights file -> (state dict on the CPU, config). Pickled code is never run.
+
+    Reads .safetensors, and torch files, plain or nested under ema, model, model_ema or state_dict, with or without
+    DDP's "module." prefix. weights: "ema" or "model", where a file has both. config: {} where there is none."""
     with reading(path):
         if Path(path).suffix == ".safetensors":
             state, config = read_safetensors(path)
         else:
-            saved, names = read_torch(path), ["ema", "model_ema"] * (weights == "ema") + ["model", "state_dict"]
-            state = next((saved[k] for k in names if isinstance(saved.get(k), dict)), saved)
+            saved = read_torch(path)
             config = saved.get("config")
-        usable = lambda v: isinstance(v, torch.Tensor) and v.layout == torch.strided and v.device.type == "cpu"
-        state = {k.removeprefix("module."): v.detach() for k, v in state.items() if usable(v)}
+            names = (weights, "ema", "model_ema", "model", "state_dict")
+            nested = [saved[name] for name in names if isinstance(saved.get(name), dict)]
+            state = nested[0] if nested else saved
+        state = {key.removeprefix("module."): v.detach() for key, v in state.items() if isinstance(v, torch.Tensor)}
         if not state:
             raise ValueError("it holds no weights")
-        return state, config if isinstance(config, dict) and isinstance(config.get("name"), str) else None
+        return state, config if isinstance(config, dict) else {}
 
-SAFETENSORS_TYPES = dict(F64=torch.double, F32=torch.float, F16=torch.half, BF16=torch.bfloat16, BOOL=torch.bool,
-                         I64=torch.long, I32=torch.int, I16=torch.short, I8=torch.int8, U8=torch.uint8)
+
+SAFETENSORS_TYPES = dict(F64=torch.double, F32=torch.float, F16=torch.half, BF16=torch.bfloat16, I64=torch.long)
+
 
 def read_safetensors(path):
     """-> views of the mapped file, config or None. 8 bytes of header length, a JSON header, raw little-endian bytes."""
     raw = np.memmap(path, np.uint8, mode="c")
-    size, state, config = int.from_bytes(bytes(raw[:8]), "little"), {}, None
-    header = json.loads(bytes(raw[8 : 8 + min(size, 10**8)]))  # the format's own limit
+    size = int.from_bytes(bytes(raw[:8]), "little")
+    header = json.loads(bytes(raw[8 : 8 + size]))
     data = torch.from_numpy(raw)[8 + size :]
-    with contextlib.suppress(KeyError, ValueError):
-        config = json.loads(header.pop("__metadata__", {})["config"])
-    for k, v in header.items():
-        start, end = v["data_offsets"]
-        if not 0 <= start <= end <= len(data):
-            raise ValueError(f"{k} is outside")
-        piece, dtype = data[start:end], SAFETENSORS_TYPES[v["dtype"]]
-        aligned = piece if piece.data_ptr() % dtype.itemsize == 0 else piece.clone()
-        state[k] = aligned.view(dtype).view(v["shape"])
+    metadata = header.pop("__metadata__", {})
+    config = json.loads(metadata["config"]) if "config" in metadata else None
+    state = {}
+    for key, entry in header.items():
+        start, end = entry["data_offsets"]
+        dtype = SAFETENSORS_TYPES[entry["dtype"]]
+        values = data[start:end]
+        if values.data_ptr() % dtype.itemsize:
+            values = values.clone()  # other people's headers may leave the values at odd addresses
+        state[key] = values.view(dtype).view(entry["shape"])
     return state, config
+
+
+def write_safetensors(path, state: dict, config: dict):
+    """The inverse. `config` is stored as JSON in the header's metadata."""
+    codes = {dtype: code for code, dtype in SAFETENSORS_TYPES.items()}
+    header = {"__metadata__": {"config": json.dumps(config)}}
+    end = 0
+    for key, v in state.items():
+        start = end
+        end += v.nbytes
+        header[key] = dict(dtype=codes[v.dtype], shape=list(v.shape), data_offsets=[start, end])
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # so that the values are aligned
+
+    def write(temporary):
+        with open(temporary, "wb") as f:
+            f.write(len(text).to_bytes(8, "little"))
+            f.write(text)
+            for v in state.values():
+                f.write(v.contiguous().flatten().view(torch.uint8).numpy())
+
+    atomic_write(path, write)
+
 
 @contextlib.contextmanager
 def reading(path):
-    """Whatever goes wrong in here becomes one sentence about the file: its bytes may be anything."""
+    """Whatever goes wrong in here becomes one sentence about the file."""
     try:
         yield
     except UserError:
         raise
     except FileNotFoundError:
-        stage = dict(shallow="prune", student="distill", samples="sample", meta="extract_latents").get(Path(path).stem)
-        raise UserError(f"{path} does not exist; {f'{stage}.py writes it' if stage else 'give another file'}") from None
-    except Exception as e:
+        stages = dict(shallow="prune", student="distill", samples="sample", meta="extract_latents")
+        stage = stages.get(Path(path).stem)
+        advice = f"{stage}.py writes it" if stage else "give another file"
+        raise UserError(f"{path} does not exist; {advice}") from None
+    except Exception as e:  # damaged files raise all kinds
         words = " ".join(str(e).split())[:100] or type(e).__name__
         raise UserError(f"{path} cannot be read, it is damaged or of another kind ({words}); give another file") from e
 
+
 def atomic_write(path, write):
-    """write(temporary), then rename: a file is there whole or not at all."""
+    """write(temporary), then a rename: the file is there whole or not at all, also after a kill or a power cut."""
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)
         with open(temporary, "rb+") as f:
-            os.fsync(f.fileno())  # a power cut after the rename must not leave an empty file
+            os.fsync(f.fileno())
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as e:  # torch.save reports an unwritable folder as a RuntimeError
-        raise UserError(f"cannot write {path}: {getattr(e, 'strerror', None) or e}; choose another --out") from e
     finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
+        temporary.unlink(missing_ok=True)
+
 
 def save_checkpoint(path, **contents):
     atomic_write(path, lambda temporary: torch.save(contents, temporary))
 
-def locate(path_or_url: str) -> Path:  # a path as it is; a URL downloaded to weights/
-    if not re.match(r"https?://", str(path_or_url)):
+
+def locate(path_or_url: str) -> Path:
+    """A path as it is; a URL downloaded to weights/."""
+    if not str(path_or_url).startswith(("http://", "https://")):
         return Path(path_or_url)
     tag = hashlib.sha256(path_or_url.encode()).hexdigest()[:8]  # many releases call their file checkpoint-last.pth
     return fetch(f"{tag}-{Path(path_or_url.split('?')[0]).name}", path_or_url)
 
+
 def fetch(file: str, url: str) -> Path:
-    """weights/FILE, downloaded the first time: one rank per machine loads, and all meet here, whatever they have."""
-    if url and int(os.environ.get("LOCAL_RANK", 0)) == 0:
-        download(url, ROOT / "weights" / file)
+    """weights/FILE, downloaded the first time: by one rank of each machine, while the others wait."""
+    path = ROOT / "weights" / file
+    if url and not path.exists() and int(os.environ.get("LOCAL_RANK", 0)) == 0:
+        download(url, path)
     barrier()
-    return ROOT / "weights" / file
+    return path
 
-def download(url: str, path: Path, tries: int = 5):
-    """Fetches url to path, if that is not there. A broken transfer goes on where it broke, also in a later run."""
-    part = path.with_name(f"{path.name}.{socket.gethostname()}.part")  # machines may share the folder
-    for attempt in range(tries):
-        if path.exists():
-            return part.unlink(missing_ok=True)
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            have = part.stat().st_size if part.exists() else 0
-            request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
-            with urllib.request.urlopen(request, timeout=30) as response:
-                have = have if response.status == 206 else 0  # else the server starts over
-                total = have + int(response.headers.get("Content-Length") or 0)
-                progress = Progress(f"download {path.name}", max(total // 2**20, 1), "MiB", have // 2**20)
-                if not have:
-                    part.touch()
-                with open(part, "r+b") as f:  # neither appended nor cut: two programs may write the same bytes to it
-                    f.seek(have)
-                    while chunk := response.read(2**20):
-                        have += f.write(chunk)
-                        progress.update(have // 2**20)
-            if have >= total:
-                os.truncate(part, have)
-                return os.replace(part, path)
-            reason = f"the connection broke at {have} of {total} bytes"
-        except Exception as e:
-            reason, code = e, getattr(e, "code", 500)
-            if code == 416:  # what is here is not the beginning of the file there
-                part.unlink(missing_ok=True)
-            elif code < 500:
-                break
-        time.sleep(0.2 * 2**attempt)
-    raise UserError(f"cannot download {url} ({reason}); fetch it by other means and put it at {path}")
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Plumbing: errors, flags, ranks, dtypes, progress, seeded noise.
+def download(url: str, path: Path):
+    def write(temporary):
+        torch.hub.download_url_to_file(url, str(temporary), progress=rank() == 0)
+        if temporary.stat().st_size != length:
+            raise OSError(f"the connection broke after {temporary.stat().st_size} of {length} bytes")
+
+    try:
+        with urllib.request.urlopen(url, timeout=30) as response:
+            length = int(response.headers["Content-Length"])
+        atomic_write(path, write)
+    except Exception as e:
+        raise UserError(f"cannot download {url} ({e}); try again, or fetch it by other means to {path}") from e
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Errors, ranks, dtypes, progress, seeded random numbers.
+
 
 class UserError(Exception):
     """A mistake that the user can fix, in one sentence that ends with what to do. `run_main` prints it."""
 
-class Stopped(Exception):
-    """A signal ended the run in good order: `run_main` prints why, and the exit code is 0."""
 
 def run_main(main):
-    """A stage's main, with mistakes told in one sentence and exit code 2 (torchrun makes a 1 of it)."""
+    """Runs a stage's main. A mistake of the user ends it with one sentence and exit code 2 (of torchrun: 1)."""
     try:
         main()
-    except Stopped as e:
-        print(e, flush=True)
-    except UserError as e:  # without waiting for the other ranks, which may sit in a collective: torchrun ends them
+    except UserError as e:
         if int(os.environ.get("RANK", 0)):
-            time.sleep(2)  # most mistakes are found by all ranks, and rank 0 tells
+            time.sleep(2)  # most mistakes are found by all ranks: rank 0 prints before torchrun ends them
         print("error:", " ".join(str(e).split()), file=sys.stderr, flush=True)
         sys.exit(2)
     if dist.is_initialized():
-        dist.barrier()  # ranks that still talk to one that has left may crash
+        dist.barrier()  # a rank that still talks to one that has left may crash
         dist.destroy_process_group()
 
-class Parser(argparse.ArgumentParser):
-    """A parser whose mistakes are one sentence, like all others."""
-    def __init__(self, description: str):
-        super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
 
-    def error(self, message):
-        raise UserError(f"{message}; see {self.prog} --help")
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
 
-def number(kind, least=0, most=sys.float_info.max, open_low=False):
-    """An argparse type: a finite number of a kind, int or float, from `least` (above it, if open_low) to `most`."""
-    limits = f"{'above' if open_low else 'of at least'} {least}" + f" and at most {most}" * (most < sys.float_info.max)
-    def parse(text):
-        with contextlib.suppress(ValueError, OverflowError):
-            value = kind(text)
-            if (least < value if open_low else least <= value) and value <= most:
-                return value
-        raise argparse.ArgumentTypeError(f"{text!r} is not a {'whole ' if kind is int else ''}number {limits}")
-    return parse
 
-whole, real = functools.partial(number, int), functools.partial(number, float)  # whole(1); real(0, open_low=True)
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
 
-rank = lambda: dist.get_rank() if dist.is_initialized() else 0
-world_size = lambda: dist.get_world_size() if dist.is_initialized() else 1
-barrier = lambda: dist.is_initialized() and dist.barrier()
 
-def start_ranks(device: str = "auto") -> torch.device:
-    """Joins the process group when torchrun started us (nccl on CUDA, gloo on CPU) and returns this rank's device."""
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    own = f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % max(count, 1)}"
-    name = dict(auto=own if count else "cpu", cuda=own).get(device, device)
-    if name not in ("cpu", *(f"cuda:{i}" for i in range(count))):
-        raise UserError(f"--device {device} is not on this machine; use auto, cpu, cuda or cuda:N")
-    place = torch.device(name)
-    if place.type == "cuda":
-        torch.cuda.set_device(place)
-    elif sys.platform == "linux":
-        for option, value in ((-4, 0), (-1, -1)):  # M_MMAP_MAX, M_TRIM_THRESHOLD: keep what large tensors leave, as
-            ctypes.CDLL(None).mallopt(option, value)  # the system would clear its pages anew for the next one
-    if "RANK" in os.environ and not dist.is_initialized():
-        # A rank may wait long for one that downloads, writes, or is slower. nccl would guess its device from the rank.
-        backend, own = ("nccl", place) if place.type == "cuda" else ("gloo", None)
-        dist.init_process_group(backend, timeout=datetime.timedelta(hours=2), device_id=own)
-    return place
+def barrier():
+    if dist.is_initialized():
+        dist.barrier()
+
 
 def on_rank_0(function):
     """function() of rank 0, on all ranks. A UserError there is raised on all."""
-    try:
-        result = [function() if rank() == 0 else None]
-    except UserError as e:
-        result = [e]
+    result = None
+    if rank() == 0:
+        try:
+            result = function()
+        except UserError as e:
+            result = e
     if dist.is_initialized():
-        dist.broadcast_object_list(result)
-    if isinstance(result[0], UserError):
-        raise result[0]
-    return result[0]
+        results = [result]
+        dist.broadcast_object_list(results)
+        result = results[0]
+    if isinstance(result, UserError):
+        raise result
+    return result
+
+
+def start_ranks(device="auto") -> torch.device:
+    """Joins the process group if torchrun started us (nccl on CUDA, gloo on CPU); -> this rank's device."""
+    if device in ("auto", "cuda"):
+        local_rank = int(os.environ.get("LOCAL_RANK", 0))
+        use_cuda = device == "cuda" or torch.cuda.is_available()
+        device = f"cuda:{local_rank % max(torch.cuda.device_count(), 1)}" if use_cuda else "cpu"
+    device = torch.device(device)
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise UserError(f"--device {device}, and no GPU is found; give --device cpu")
+        torch.cuda.set_device(device)
+    if "RANK" in os.environ and not dist.is_initialized():
+        timeout = datetime.timedelta(hours=2)  # a rank may wait long for one that downloads, writes, or is slower
+        if device.type == "cuda":
+            dist.init_process_group("nccl", timeout=timeout, device_id=device)
+        else:
+            dist.init_process_group("gloo", timeout=timeout)
+    return device
+
 
 def choose_dtype(name: str, device) -> torch.dtype:
     """--dtype: auto takes bfloat16 where the hardware has it, float32 where it would be emulated, which is slow."""
     if name != "auto":
         return getattr(torch, name)
-    native = torch.cpu._is_amx_tile_supported() if device.type == "cpu" else torch.cuda.is_bf16_supported(False)
+    if device.type == "cpu":
+        native = torch.cpu._is_amx_tile_supported()
+    else:
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.bfloat16 if native else torch.float32
 
+
 def autocast(device, dtype):
-    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+    return torch.autocast(torch.device(device).type, dtype, enabled=dtype != torch.float32)
+
 
 def cast_frozen(net: nn.Module, dtype):
-    """Casts the weights that are not trained to the dtype of the forward pass, once. Autocast would cast them at each
-    call: it remembers the result only for those that require a gradient."""
+    """Casts the weights that are not trained to the dtype of the forward pass, once: autocast would cast them again
+    at each call, since it remembers a cast only for weights that need a gradient."""
     for module in net.modules():
         if isinstance(module, (nn.Linear, nn.Conv2d)) and not module.weight.requires_grad:
             module.to(dtype)
 
-class Progress:
-    """One line with rate and ETA, on rank 0's stderr: rewritten in place on a terminal, every 10 s in a log file."""
-    def __init__(self, what: str, total: int, unit: str, done: int = 0):
-        self.what, self.total, self.unit, self.first = what, total, unit, done
-        self.start, self.last, self.tty = time.time(), time.time(), sys.stderr.isatty()
 
-    def update(self, done: int, note: str = ""):  # prints the line if it is time, and at the end
-        now, ended = time.time(), done >= self.total
-        if rank() != 0 or (not ended and now - self.last < (0.2 if self.tty else 10)):
+class Progress:
+    """One line with rate and ETA, on rank 0's stderr: rewritten on a terminal, every 10 s in a log file."""
+
+    def __init__(self, what: str, total: int, unit: str, done: int = 0):
+        self.what = what
+        self.total = total
+        self.unit = unit
+        self.first = done
+        self.start = time.time()
+        self.printed = time.time()
+        self.tty = sys.stderr.isatty()
+
+    def update(self, done: int, note: str = ""):
+        """Prints the line if it is time, and at the end."""
+        now = time.time()
+        finished = done >= self.total
+        interval = 0.2 if self.tty else 10
+        if rank() != 0 or (not finished and now - self.printed < interval):
             return
-        self.last, rate = now, (done - self.first) / max(now - self.start, 1e-9)
-        eta = datetime.timedelta(seconds=int(min((self.total - done) / max(rate, 1e-9), 1e9)))
+        self.printed = now
+        rate = (done - self.first) / max(now - self.start, 1e-9)
+        seconds = (self.total - done) / max(rate, 1e-9)
+        eta = datetime.timedelta(seconds=int(min(seconds, 1e9)))
         line = f"{self.what} {done}/{self.total} {self.unit}  {rate:.1f} {self.unit}/s  ETA {eta}  {note}"
-        start, end = ("\r\033[K" if self.tty else ""), ("" if self.tty and not ended else "\n")
-        print(start + line, end=end, file=sys.stderr, flush=True)
+        if self.tty:
+            line = "\r\033[K" + line
+        print(line, end="" if self.tty and not finished else "\n", file=sys.stderr, flush=True)
+
 
 class RowGenerator:
-    """Random numbers for rows [start, stop) of a larger whole, the same whoever computes them. The whole is cut into
-    blocks of `block` rows; each has a generator, seeded with (*key, block index), that draws for all its rows, of which
-    we keep ours. In training the block is the global batch and the key (seed, step); in sampling it is 16 images and
-    (seed,). So no resume, number of ranks or batch size of sampling changes row i. (CPU and CUDA differ, though.)"""
+    """Random numbers for rows [start, stop) of a longer list of rows: the same whoever computes them.
+
+    The list is divided into blocks of `block` rows. Each block has a generator, seeded with (*key, block index), that
+    draws for all its rows, of which we keep ours. In training the block is the global batch and the key is (seed,
+    step); in sampling it is 16 images and (seed,). So neither a resume, nor the number of ranks, nor the batch size
+    of sampling changes row i. (CPU and CUDA differ, though.)"""
+
     def __init__(self, key: tuple, start: int, stop: int, block: int, device="cpu"):
-        first, last = start // block, -(-stop // block)
-        self.block, self.rows, self.device = block, slice(start - first * block, stop - first * block), device
-        self.generators = [torch.Generator(device).manual_seed(make_seed(*key, b)) for b in range(first, last)]
-        self.shared = np.random.default_rng(make_seed(*key))  # for the few draws that all rows share and Python needs to know
+        first = start // block
+        end = math.ceil(stop / block)
+        self.block = block
+        self.device = device
+        self.rows = slice(start - first * block, stop - first * block)
+        self.generators = [torch.Generator(device).manual_seed(make_seed(*key, b)) for b in range(first, end)]
+        self.shared = np.random.default_rng(make_seed(*key))  # for what all rows share and Python needs to know
 
-    def _draw(self, function, shape, lists=()):  # lists: leading dimensions, before the rows
-        blocks = [function((*lists, self.block, *shape), generator=g, device=self.device) for g in self.generators]
-        whole = blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=len(lists))
-        return whole.narrow(len(lists), self.rows.start, self.rows.stop - self.rows.start)
+    def _draw(self, function, shape):
+        blocks = [function((self.block, *shape), generator=g, device=self.device) for g in self.generators]
+        return torch.cat(blocks)[self.rows]
 
-    def normal(self, *shape) -> torch.Tensor:  # standard normal, (rows, *shape)
+    def normal(self, *shape) -> torch.Tensor:
+        """Standard normal, (rows, *shape)."""
         return self._draw(torch.randn, shape)
 
-    def uniform(self, *shape, lists=()) -> torch.Tensor:  # on [0, 1), (*lists, rows, *shape)
-        return self._draw(torch.rand, shape, lists)
+    def uniform(self, *shape) -> torch.Tensor:
+        """On [0, 1), (rows, *shape)."""
+        return self._draw(torch.rand, shape)
 
-    def gumbel(self, *shape, lists=()) -> torch.Tensor:  # Gumbel(0, 1) = -log of an exponential, (*lists, rows, *shape)
-        return -(-torch.log1p(-self.uniform(*shape, lists=lists))).clamp_min(1e-20).log()
+    def gumbel(self, *shape) -> torch.Tensor:
+        """Gumbel(0, 1), minus the logarithm of an exponential variable, (rows, *shape)."""
+        exponential = -torch.log1p(-self.uniform(*shape))
+        return -exponential.clamp_min(1e-20).log()
+
 
 def make_seed(*key: int) -> int:
     """A tuple of whole numbers -> one well-mixed 63-bit seed (neighbouring steps get unrelated streams)."""
     return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
 
 if __name__ == "__main__":
     run_main(list_models)
