@@ -28,8 +28,8 @@ from model import (
     MODELS, Progress, UserError, autocast, build_model, load_model, make_seed, rank, read_state, run_main,
     save_checkpoint)
 from prune import (
-    adamw, add_training_arguments, clip_and_step, ema_update, fill_recipe, join_layers, log, prepare, resume, save,
-    say, split_layers, start_run, sum_gradients_over_ranks)
+    adamw, add_training_arguments, check_family, clip_and_step, ema_update, fill_recipe, join_layers, log, prepare,
+    resume, save, say, split_layers, start_run, sum_gradients_over_ranks)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Hidden states: which layers are matched, and the masked loss between them.
@@ -246,6 +246,7 @@ def main(argv=None, parser=None):
     fill_recipe(args, MODELS[config["name"]]["distill"], len(latents))
     batches = Batches(latents, args.batch_size, args.accumulate, args.seed, args.device)
     teacher = load_teacher(args, net, config)
+    check_family(net)
     sublayers = config.get("granularity") == "sublayer"
     if sublayers:
         split_layers(net)

@@ -124,9 +124,15 @@ def init_adaln(time_mlp, blocks, final_layer):
 
 
 class Prunable:
-    """What prune.py and distill.py ask of a network. `block_lists` names its lists of prunable layers, in order. A
-    layer is addressed by its index over all of them: MAR-Large's 0-15 are the encoder's, 16-31 the decoder's. It
-    maps (B, T, D) to (B, T, D); its other arguments have B rows too."""
+    """What prune.py and distill.py ask of a network (`check_family` in prune.py checks it).
+
+    block_lists: the names of its nn.ModuleLists of prunable layers, in order. A layer is addressed by its index over
+    all of them: MAR-Large's 0-15 are the encoder's, 16-31 the decoder's. It maps (B, T, D) to (B, T, D); its other
+    arguments are tensors of B rows. channels, input_size, classes: latents are (B, channels, input_size, input_size),
+    labels 0 to classes - 1; `classes` itself means no label. objective(): see the training objectives. The network
+    is made by keyword arguments, which shape_of(state, known) reads from its weights; known: those of the table."""
+
+    kept = None  # of a pruned network, the original index of each layer: for what depends on it, like long skips
 
     def layers(self):
         """All prunable layers, in order."""
@@ -135,6 +141,10 @@ class Prunable:
     def depths(self):
         """The number of layers in each list."""
         return [len(getattr(self, name)) for name in self.block_lists]
+
+    def original_indices(self):
+        """For each layer its index in the network before any cut."""
+        return self.kept or list(range(len(self.layers())))
 
     def replace_layers(self, layers):
         """Puts these layers, as many as there are, in the places of the present ones; None leaves one out."""
@@ -146,10 +156,12 @@ class Prunable:
     def keep_layers(self, kept):
         """Removes all layers but those with these indices, in place. IndexError if there is no such layer."""
         layers = self.layers()
+        original = self.original_indices()
         for i in kept:
             if not 0 <= i < len(layers):
                 raise IndexError(f"there is no layer {i}: the network has layers 0 to {len(layers) - 1}")
         self.replace_layers([layer if i in kept else None for i, layer in enumerate(layers)])
+        self.kept = [original[i] for i in sorted(kept)]
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -893,12 +905,21 @@ def load_model(name=None, ckpt=None, device="cpu", weights="ema"):
         config = dict(name=name)
     elif name not in (None, named):
         raise UserError(f"{path} holds {named}, not {name}; give --model {named} or another --ckpt")
-    entry = model_entry(config["name"])
-    with reading(path), torch.device("meta"):  # fresh weights would be thrown away
-        net = build_model(config["name"], **entry["family"].shape_of(state, entry["shape"]))
-        remove_missing_halves(net, state)
-        load_state(net, state, path)
+    with reading(path):
+        net = network_of(config["name"], state, config.get("layers"))
     return net.to(device).eval(), {**config, "depth": net.depths()}
+
+
+def network_of(name, state, kept=None):
+    """The network of the table's entry `name` that holds these weights, whatever its depth and width. kept: the
+    original indices of its layers."""
+    entry = model_entry(name)
+    with torch.device("meta"):  # fresh weights would be thrown away
+        net = build_model(name, **entry["family"].shape_of(state, entry["shape"]))
+    remove_missing_halves(net, state)
+    net.kept = kept
+    load_state(net, state)
+    return net.eval()
 
 
 def remove_missing_halves(net, state):
@@ -911,10 +932,9 @@ def remove_missing_halves(net, state):
                     remove_half(block, half)
 
 
-def load_state(net, state, source):
-    """Puts `state` into `net` as float32; the UserError names the keys or shapes that differ."""
-    with reading(source):
-        net.load_state_dict({key: v.float() for key, v in state.items()}, assign=True)
+def load_state(net, state):
+    """Puts `state` into `net` as float32. RuntimeError names the keys or shapes that differ."""
+    net.load_state_dict({key: v.float() for key, v in state.items()}, assign=True)
 
 
 # What official files store beside their weights: arguments, and numbers of numpy, whose maker has two names.

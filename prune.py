@@ -40,8 +40,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from extract_latents import Batches, Latents, check_fit
 from model import (
-    HALVES, MODELS, Progress, UserError, autocast, barrier, cast_frozen, choose_dtype, load_model, make_seed, rank,
-    read_torch, remove_half, run_main, save_checkpoint, start_ranks, world_size)
+    HALVES, MODELS, Progress, RowGenerator, UserError, autocast, barrier, cast_frozen, choose_dtype, load_model,
+    make_seed, network_of, rank, read_torch, remove_half, run_main, save_checkpoint, start_ranks, world_size)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Groups and their candidate masks.
@@ -330,10 +330,12 @@ def calibration_loss(net, objective, fixed, dtype=torch.float32):
 def keeping(net, kept):
     """In here the network has only these layers."""
     lists = {name: getattr(net, name) for name in net.block_lists}
+    before = net.kept
     net.keep_layers(kept)
     try:
         yield
     finally:
+        net.kept = before
         for name, blocks in lists.items():
             setattr(net, name, blocks)
 
@@ -488,6 +490,38 @@ def check_kept(kept, scheme):
     return kept
 
 
+@torch.no_grad()
+def check_family(net):
+    """Checks, before a long run relies on it, that a network does what `Prunable` asks (model.py): a masked layer is
+    a cut layer, and what is saved is what is loaded. All in a few forward passes; no weight is copied."""
+    device = next(net.parameters()).device
+    layers = net.layers()
+    others = [i for i in range(len(layers)) if i != 1]
+    try:
+        objective = net.objective()
+        rng = RowGenerator((0,), 0, 2, 2, device)
+        x = rng.normal(net.channels, net.input_size, net.input_size)
+        batch = objective.make_batch(x, torch.zeros(2, dtype=torch.long, device=device), rng)
+
+        masks = torch.ones(2, len(layers), device=device)
+        masks[:, 1] = 0
+        masked = [MaskedLayer(block) for block in layers]
+        net.replace_layers(masked)
+        set_masks(masked, masks)
+        expected = objective.predict(net, batch)
+        net.replace_layers(layers)
+        with keeping(net, others):
+            cut = objective.predict(net, batch)
+            loaded = network_of(net.name, net.state_dict(), net.kept)
+        loaded = objective.predict(loaded, batch)
+    except Exception as e:
+        raise UserError(f"{type(net).__name__} lacks something that `Prunable` in model.py asks for: {e!r}") from e
+    for what, out in (("cut", cut), ("saved and loaded", loaded)):
+        if not torch.allclose(out, expected, rtol=1e-3, atol=1e-4):
+            raise UserError(f"{type(net).__name__} without layer 1 is another network when it is {what} than when the "
+                            "layer is masked; does it use the layers' original_indices()?")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The cut. With --granularity sublayer a layer is half a block, an attention or an MLP.
 
@@ -501,7 +535,7 @@ def prune_layers(args, scheme, kept):
     if args.granularity == "sublayer":
         join_layers(net)
     config = dict(
-        name=old["name"], depth=net.depths(), kept=kept, scheme=[list(group) for group in scheme],
+        name=old["name"], depth=net.depths(), kept=kept, layers=net.kept, scheme=[list(group) for group in scheme],
         granularity=args.granularity, parent=args.ckpt or old["name"], criterion=args.criterion)
     return net, config
 
@@ -519,10 +553,12 @@ def split_layers(net):
                 remove_half(block, "attn")
                 layers += [attention, block]
         setattr(net, name, nn.ModuleList(layers))
+    net.kept = None  # halves have another numbering
 
 
 def join_layers(net):
     """An attention with an MLP right behind it becomes a block again, under the official keys."""
+    net.kept = None
     for name in net.block_lists:
         layers = []
         for block in getattr(net, name):
@@ -638,6 +674,7 @@ def main(argv=None, parser=None):
         scheme = oracle_scheme(parse_scheme(args.scheme, net.depths()), net.depths())
     else:
         scheme = parse_scheme(args.scheme, net.depths())
+    check_family(net)
     objective = net.objective()
     batches = None
     if args.criterion not in NEED_NO_LATENTS or Path(args.latents, "meta.json").exists():
