@@ -1,7 +1,5 @@
 """The networks (DiT, SiT, MAR), what they are trained on, the table of models, and what every stage needs.
 
-    python model.py                                # lists the models, and which weights are on this disk
-
     net = build_model("dit-xl", depth=14)          # fresh weights; keys are those of the official releases
     net, config = load_model("dit-xl")             # the official weights (downloaded once); or ckpt=FILE
     objective = net.objective()                    # what the families differ in
@@ -599,13 +597,13 @@ def cosine_betas(steps=1000):
 def respace(respacing, total=1000):
     """The training steps that a sampler visits: "250" evenly spread ones, both ends included; "ddim50": every 20th."""
     text = respacing or str(total)
+    strided = text.startswith("ddim")
     count = text.removeprefix("ddim")
     count = int(count) if count.isdecimal() else 0
-    if text.startswith("ddim"):
-        for stride in range(1, total):
-            steps = list(range(0, total, stride))
-            if len(steps) == count:
-                return steps
+    if strided and count:
+        steps = list(range(0, total, math.ceil(total / count)))
+        if len(steps) == count:
+            return steps
     elif 2 <= count <= total:
         stride = (total - 1) / (count - 1)
         return [round(i * stride) for i in range(count)]
@@ -874,17 +872,6 @@ def weights_of(name):
     return model_entry(name).get("weights", (f"{name}.pt", None))
 
 
-def list_models():
-    """Prints the table: name, layers, parameters, file, and whether it is on this disk."""
-    for name in MODELS:
-        with torch.device("meta"):  # shapes without memory
-            net = build_model(name)
-        size = sum(p.numel() for p in net.parameters()) / 1e6
-        file, url = weights_of(name)
-        here = "" if (ROOT / "weights" / file).exists() else "(not on this disk)"
-        print(f"{name:<10} {sum(net.depths()):>2} layers {size:>6.1f} M parameters  weights/{file} {here}")
-
-
 # ---------------------------------------------------------------------------------------------------------------
 # Skip the rest at first. Checkpoints: a dict of `model` and `ema` (weights), `config`, `step`, and what resuming
 # needs. Official files have no config: --model says what they hold, and the shape is read from the weights.
@@ -937,22 +924,10 @@ def load_state(net, state):
     net.load_state_dict({key: v.float() for key, v in state.items()}, assign=True)
 
 
-# What official files store beside their weights: arguments, and numbers of numpy, whose maker has two names.
-MAKE_SCALAR = np.float64(0).__reduce__()[0]
-HARMLESS = [
-    argparse.Namespace,
-    np.dtype,
-    np.dtypes.Float64DType,
-    np.dtypes.Float32DType,
-    np.dtypes.Int64DType,
-    (MAKE_SCALAR, "numpy.core.multiarray.scalar"),
-    (MAKE_SCALAR, "numpy._core.multiarray.scalar"),
-]
-
-
 def read_torch(path):
     """torch.load that runs no code (weights_only) and maps the file instead of reading it."""
-    with reading(path), torch.serialization.safe_globals(HARMLESS):
+    harmless = [argparse.Namespace]  # the releases store their command line beside the weights
+    with reading(path), torch.serialization.safe_globals(harmless):
         return dict(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
 
 
@@ -997,28 +972,6 @@ def read_safetensors(path):
             values = values.clone()  # other people's headers may leave the values at odd addresses
         state[key] = values.view(dtype).view(entry["shape"])
     return state, config
-
-
-def write_safetensors(path, state, config):
-    """The inverse. `config` is stored as JSON in the header's metadata."""
-    codes = {dtype: code for code, dtype in SAFETENSORS_TYPES.items()}
-    header = {"__metadata__": {"config": json.dumps(config)}}
-    end = 0
-    for key, v in state.items():
-        start = end
-        end += v.nbytes
-        header[key] = dict(dtype=codes[v.dtype], shape=list(v.shape), data_offsets=[start, end])
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)  # so that the values are aligned
-
-    def write(temporary):
-        with open(temporary, "wb") as f:
-            f.write(len(text).to_bytes(8, "little"))
-            f.write(text)
-            for v in state.values():
-                f.write(v.contiguous().flatten().view(torch.uint8).numpy())
-
-    atomic_write(path, write)
 
 
 @contextlib.contextmanager
@@ -1112,23 +1065,6 @@ def world_size():
 def barrier():
     if dist.is_initialized():
         dist.barrier()
-
-
-def on_rank_0(function):
-    """function() of rank 0, on all ranks. A UserError there is raised on all."""
-    result = None
-    if rank() == 0:
-        try:
-            result = function()
-        except UserError as e:
-            result = e
-    if dist.is_initialized():
-        results = [result]
-        dist.broadcast_object_list(results)
-        result = results[0]
-    if isinstance(result, UserError):
-        raise result
-    return result
 
 
 def start_ranks(device="auto"):
@@ -1237,7 +1173,3 @@ class RowGenerator:
 def make_seed(*key):
     """A tuple of whole numbers -> one well-mixed 63-bit seed (neighbouring steps get unrelated streams)."""
     return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> np.uint64(1))
-
-
-if __name__ == "__main__":
-    run_main(list_models)

@@ -584,31 +584,24 @@ def add_mlp(block, other):
 # ---------------------------------------------------------------------------------------------------------------------
 # The picture.
 
-COLOURS = np.array([(31, 119, 180), (214, 39, 40), (44, 160, 44), (148, 103, 189)])
-
-
 def draw_decision(out, scheme):
     """decision.png from log.jsonl: a row for each layer, time to the right; darker means more certain to be kept."""
     lines = [line for line in read_log(out) if "kept" in line]
     if not lines:
         return
-    colours = []  # of the layers: neighbouring groups differ
-    for g, (_, m) in enumerate(scheme):
-        colours += [COLOURS[g % len(COLOURS)]] * m
-    depth = len(colours)
+    depth = sum(m for _, m in scheme)
     darkness = np.zeros((depth, len(lines)))
     for j, line in enumerate(lines):
         for i in line["kept"]:
             darkness[i, j] = line["confidence"][i]
-    pixels = 255 - (255 - np.array(colours)[:, None]) * darkness[..., None]  # (layers, lines, 3)
-
     row = 22  # pixels
     column = min(28, max(6, 840 // len(lines)))
-    pixels = pixels.astype(np.uint8).repeat(row, axis=0).repeat(column, axis=1)
-    height, width, _ = pixels.shape
+    shades = (255 - 255 * darkness).astype(np.uint8).repeat(row, axis=0).repeat(column, axis=1)
+    height, width = shades.shape
+
+    image = Image.new("L", (max(width + 190, 600), height + 80), "white")
     left, top = 80, 34
-    image = Image.new("RGB", (max(left + width + 100, 680), top + height + 46), "white")
-    image.paste(Image.fromarray(pixels), (left, top))
+    image.paste(Image.fromarray(shades), (left, top))
     draw = ImageDraw.Draw(image)
     draw.font = ImageFont.load_default(14)
     draw.text((left, 10), "layers that the search keeps; darker: more certain to be kept", fill="black")
@@ -621,10 +614,9 @@ def draw_decision(out, scheme):
             draw.text((left + width + 8, y + row / 2), text, fill="black", anchor="lm")
     for first, _, _ in groups_of(scheme):
         y = top + row * first
-        draw.line([(left - 70, y), (left + width + 80, y)], fill="#bbbbbb")
-    below = top + height + 8
-    draw.text((left, below), f"step {lines[0]['step']}", fill="black")
-    draw.text((left + width, below), f"step {lines[-1]['step']}", fill="black", anchor="ra")
+        draw.line([(left - 70, y), (left + width + 80, y)], fill="silver")
+    draw.text((left, top + height + 8), f"step {lines[0]['step']}", fill="black")
+    draw.text((left + width, top + height + 8), f"step {lines[-1]['step']}", fill="black", anchor="ra")
     image.save(out / "decision.png")
 
 
@@ -641,7 +633,7 @@ def make_parser():
     description = __doc__.split("\n\nRead top")[0]
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument_group("what to cut, and how to choose").add_argument
-    add("--model", metavar="NAME", help="the network to prune (default: dit-tiny, or what --ckpt holds)")
+    add("--model", metavar="NAME", help=f"one of {', '.join(MODELS)} (default: dit-tiny, or what --ckpt holds)")
     add("--ckpt", metavar="FILE", help="its weights, instead of the official ones; or a student, to prune again")
     add("--scheme", default="1:2", help="keep N of each M neighbouring layers; or a list, 3:4,2:4,... with one entry "
         "for each group (default: %(default)s)")
