@@ -584,19 +584,16 @@ def add_mlp(block, other):
 # ---------------------------------------------------------------------------------------------------------------------
 # The picture.
 
-def draw_decision(out, scheme):
-    """decision.png from log.jsonl: a row for each layer, time to the right; darker means more certain to be kept."""
+def draw_decision(out):
+    """decision.png from log.jsonl: a row for each layer, time to the right; the darker, the likelier to be kept."""
     lines = [line for line in read_log(out) if "kept" in line]
     if not lines:
         return
-    depth = sum(m for _, m in scheme)
-    darkness = np.zeros((depth, len(lines)))
-    for j, line in enumerate(lines):
-        for i in line["kept"]:
-            darkness[i, j] = line["confidence"][i]
+    probability = np.array([line["confidence"] for line in lines]).T  # (layers, lines)
     row = 22  # pixels
     column = min(28, max(6, 840 // len(lines)))
-    shades = (255 - 255 * darkness).astype(np.uint8).repeat(row, axis=0).repeat(column, axis=1)
+    shades = (255 * (1 - probability)).astype(np.uint8)
+    shades = shades.repeat(row, axis=0).repeat(column, axis=1)
     height, width = shades.shape
 
     image = Image.new("L", (max(width + 190, 600), height + 80), "white")
@@ -604,17 +601,13 @@ def draw_decision(out, scheme):
     image.paste(Image.fromarray(shades), (left, top))
     draw = ImageDraw.Draw(image)
     draw.font = ImageFont.load_default(14)
-    draw.text((left, 10), "layers that the search keeps; darker: more certain to be kept", fill="black")
-    for i in range(depth):
+    draw.text((left, 10), "which layers the search keeps; darker: more likely to be kept", fill="black")
+    for i, p in enumerate(probability[:, -1]):
         y = top + row * i
         draw.line([(left, y), (left + width, y)], fill="white", width=4)
+        text = f"keep {100 * p:.0f} %" if i in lines[-1]["kept"] else ""
         draw.text((left - 8, y + row / 2), f"layer {i}", fill="black", anchor="rm")
-        if darkness[i, -1]:
-            text = f"keep {100 * darkness[i, -1]:.0f} %"
-            draw.text((left + width + 8, y + row / 2), text, fill="black", anchor="lm")
-    for first, _, _ in groups_of(scheme):
-        y = top + row * first
-        draw.line([(left - 70, y), (left + width + 80, y)], fill="silver")
+        draw.text((left + width + 8, y + row / 2), text, fill="black", anchor="lm")
     draw.text((left, top + height + 8), f"step {lines[0]['step']}", fill="black")
     draw.text((left + width, top + height + 8), f"step {lines[-1]['step']}", fill="black", anchor="ra")
     image.save(out / "decision.png")
@@ -688,7 +681,7 @@ def main(argv=None, parser=None):
         weights = shallow.state_dict()
         config["calibration_loss"] = loss
         save_checkpoint(args.out / "shallow.pt", model=weights, ema=weights, config=config, step=0)
-        draw_decision(args.out, scheme)
+        draw_decision(args.out)
     size = sum(p.numel() for p in shallow.parameters()) / 1e6
     measured = "not measured (no latents)" if loss is None else f"{loss:.4f}"
     say(f"keep layers {' '.join(map(str, kept))} of {sum(net.depths())}; {size:.2f} M parameters; "
