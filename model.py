@@ -974,6 +974,28 @@ def read_safetensors(path):
     return state, config
 
 
+def write_safetensors(path, state, config):
+    """The inverse. `config` is stored as JSON in the header's metadata."""
+    codes = {dtype: code for code, dtype in SAFETENSORS_TYPES.items()}
+    header = {"__metadata__": {"format": "pt", "config": json.dumps(config)}}
+    end = 0
+    for key, v in state.items():
+        start = end
+        end += v.nbytes
+        header[key] = dict(dtype=codes[v.dtype], shape=list(v.shape), data_offsets=[start, end])
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # so that the values are aligned
+
+    def write(temporary):
+        with open(temporary, "wb") as f:
+            f.write(len(text).to_bytes(8, "little"))
+            f.write(text)
+            for v in state.values():
+                f.write(v.contiguous().flatten().view(torch.uint8).numpy())
+
+    atomic_write(path, write)
+
+
 @contextlib.contextmanager
 def reading(path):
     """Whatever goes wrong in here becomes one sentence about the file."""
