@@ -47,7 +47,7 @@ class Attention(nn.Module):
             raise ValueError(f"a width of {width} is not a multiple of {heads} heads")
         self.heads = heads
         self.dropout = dropout
-        self.qkv = nn.Linear(width, 3 * width)
+        self.qkv = nn.Linear(width, 3 * width)  # queries, keys, values
         self.proj = nn.Linear(width, width)
         self.proj_drop = nn.Dropout(dropout)
 
@@ -88,7 +88,7 @@ class TimestepEmbedder(nn.Module):
         exponents = torch.arange(128, dtype=torch.float32, device=t.device) / 128
         frequencies = torch.exp(-math.log(10000) * exponents)
         angles = t[:, None].float() * frequencies  # (N, 128), in float32 also under autocast
-        return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=1))
+        return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=1))  # (N, D)
 
 
 def modulate(x, shift, scale):
@@ -99,12 +99,12 @@ def sincos_table(width: int, grid: int) -> torch.Tensor:
     """Fixed 2-D position table (1, grid * grid, width): half of the channels for the column, half for the row."""
     exponents = torch.arange(width // 4, dtype=torch.float64) / (width / 4)
     frequencies = 1 / 10000**exponents
-    position = torch.arange(grid * grid)
+    position = torch.arange(grid * grid)  # row by row
     column = (position % grid).double()
     row = (position // grid).double()
     column = torch.outer(column, frequencies)  # (T, width / 4)
     row = torch.outer(row, frequencies)
-    table = torch.cat([column.sin(), column.cos(), row.sin(), row.cos()], dim=1)
+    table = torch.cat([column.sin(), column.cos(), row.sin(), row.cos()], dim=1)  # (T, width)
     return table.float()[None]
 
 
@@ -213,9 +213,10 @@ class DiT(nn.Module, Prunable):
         self.t_embedder = TimestepEmbedder(width)
         labels = nn.Embedding(classes + 1, width)  # the last label means "no label"
         self.y_embedder = nn.ModuleDict(dict(embedding_table=labels))
+        # In the state dict, as the release's is, though it is never trained.
         self.register_buffer("pos_embed", sincos_table(width, input_size // patch))
         self.blocks = nn.ModuleList(DiTBlock(width, heads) for _ in range(depth))
-        self.final_layer = FinalLayer(width, patch * patch * 2 * channels)
+        self.final_layer = FinalLayer(width, patch * patch * 2 * channels)  # noise and variance of each pixel
 
         self.apply(init_linear)
         nn.init.xavier_uniform_(self.x_embedder.proj.weight.data.flatten(1))
@@ -249,7 +250,7 @@ class DiT(nn.Module, Prunable):
         p = self.patch
         grid = self.input_size // p
         x = x.view(B, grid, grid, p, p, 2 * self.channels)
-        x = torch.einsum("bhwpqc->bchpwq", x)
+        x = torch.einsum("bhwpqc->bchpwq", x)  # (B, 2C, grid, p, grid, p)
         return x.reshape(B, 2 * self.channels, grid * p, grid * p)
 
     def objective(self):
@@ -370,13 +371,15 @@ class MAR(nn.Module, Prunable):
         self.buffer = buffer  # so many copies of the label go before the image's tokens
         encoder, decoder = depth if isinstance(depth, list) else (depth // 2, depth - depth // 2)
 
+        # The encoder: it sees the label and the known tokens.
         self.class_emb = nn.Embedding(classes, width)
-        self.fake_latent = nn.Parameter(0.02 * torch.randn(1, width))  # stands for "no label"
+        self.fake_latent = nn.Parameter(0.02 * torch.randn(1, width))
         self.z_proj = nn.Linear(self.token_dim, width)
         self.z_proj_ln = nn.LayerNorm(width, eps=1e-6)
         self.encoder_pos_embed_learned = learned(buffer + self.tokens, width)
         self.encoder_blocks = nn.ModuleList(MarBlock(width, heads, dropout) for _ in range(encoder))
         self.encoder_norm = nn.LayerNorm(width, eps=1e-6)
+        # The decoder: it sees the encoder's output, and mask tokens in the places of the hidden tokens.
         self.decoder_embed = nn.Linear(width, width)
         self.mask_token = learned(1, width)
         self.decoder_pos_embed_learned = learned(buffer + self.tokens, width)
@@ -385,6 +388,7 @@ class MAR(nn.Module, Prunable):
         self.diffusion_pos_embed_learned = learned(self.tokens, width)
         self.apply(init_linear)
         nn.init.normal_(self.class_emb.weight, std=0.02)
+        # The token denoiser: from the decoder's output it draws each hidden token.
         denoiser = TokenDenoiser(self.token_dim, width, loss_width, loss_depth)
         self.diffloss = nn.ModuleDict(dict(net=denoiser))  # the release's name
 
@@ -427,11 +431,11 @@ class MAR(nn.Module, Prunable):
         x = self.z_proj(gather_tokens(tokens, known))  # (B, K, D)
         label = self.class_emb(y.clamp(max=self.classes - 1))  # (B, D)
         no_label = (y == self.classes)[:, None]
-        label = torch.where(no_label, self.fake_latent.to(label.dtype), label).to(x.dtype)
+        label = torch.where(no_label, self.fake_latent.to(label.dtype), label).to(x.dtype)  # a learned "no label"
         label = label[:, None].expand(-1, self.buffer, -1)  # (B, buffer, D)
         x = torch.cat([label, x], dim=1)  # (B, buffer + K, D)
         position = self.encoder_pos_embed_learned.expand(len(x), -1, -1)
-        of_known = gather_tokens(position[:, self.buffer :], known)
+        of_known = gather_tokens(position[:, self.buffer :], known)  # (B, K, D)
         x = x + torch.cat([position[:, : self.buffer], of_known], dim=1)
         x = self.z_proj_ln(x)
         for block in self.encoder_blocks:
@@ -440,7 +444,7 @@ class MAR(nn.Module, Prunable):
 
     def decode(self, x, known):
         """The encoder's output -> conditions z (B, T, D) for all tokens, known and hidden."""
-        x = self.decoder_embed(x)
+        x = self.decoder_embed(x)  # (B, buffer + K, D)
         everywhere = self.mask_token.to(x.dtype).expand(len(x), self.tokens, -1)
         index = known[..., None].expand(-1, -1, x.shape[2])
         tokens = everywhere.scatter(1, index, x[:, self.buffer :])  # (B, T, D)
@@ -490,10 +494,11 @@ class GaussianDiffusion:
 
         # The coefficients, one for each step, in float64. After respacing, a beta spans several training steps.
         abar = torch.from_numpy(abar).to(device)
-        previous = F.pad(abar[:-1], (1, 0), value=1.0)
+        previous = F.pad(abar[:-1], (1, 0), value=1.0)  # abar of the step before; 1 before the first
         betas = 1 - abar / previous
         self.alphas_cumprod_prev = previous
         self.log_betas = betas.log()  # the upper bound of the log variance
+        # Of x_t, given x_0 and the noise; and of x_0, given x_t and the noise.
         self.sqrt_alphas_cumprod = abar.sqrt()
         self.sqrt_one_minus_alphas_cumprod = (1 - abar).sqrt()
         self.sqrt_recip_alphas_cumprod = (1 / abar).sqrt()
@@ -568,7 +573,8 @@ class GaussianDiffusion:
 
 def at(table, t, like):
     """The coefficients of steps t (N,), as float32 (N, 1, ...), to multiply with `like` (N, ...)."""
-    return table[t].float().view(-1, *[1] * (like.ndim - 1))
+    ones = [1] * (like.ndim - 1)
+    return table[t].float().view(-1, *ones)
 
 
 def cosine_betas(steps: int = 1000) -> np.ndarray:
@@ -598,7 +604,7 @@ def respace(respacing: str, total: int = 1000) -> list:
 def discretized_log_likelihood(x, mean, log_scale):
     """Log probability of x under a Gaussian that is integrated over bins of width 2/255, as in the releases; the
     outermost bins reach to infinity."""
-    inverse = (-log_scale).exp()
+    inverse = (-log_scale).exp()  # 1 / std
     upper = approximate_cdf(inverse * (x - mean + 1 / 255))
     lower = approximate_cdf(inverse * (x - mean - 1 / 255))
     inside = safe_log(upper - lower)
@@ -663,7 +669,7 @@ class VelocityObjective:
 
     def make_batch(self, x, y, rng):
         """Latents x (B, C, H, W), labels y (B,), RowGenerator -> a dict of tensors with B rows."""
-        t = rng.uniform()
+        t = rng.uniform()  # (B,), on [0, 1)
         eps = rng.normal(*x.shape[1:])
         s = t.view(-1, 1, 1, 1)
         x_t = s * x + (1 - s) * eps
@@ -696,9 +702,9 @@ class MaskedTokenObjective:
         tokens = self.patchify(x)  # (B, T, C)
         T = tokens.shape[1]
         count = math.ceil(T * self.mask_ratio.ppf(rng.shared.random()))
-        order = rng.uniform(T).argsort(dim=1)
-        hidden = order[:, :count].sort(dim=1)[0]
-        known = order[:, count:].sort(dim=1)[0]
+        order = rng.uniform(T).argsort(dim=1)  # (B, T): a random permutation in each row
+        hidden = order[:, :count].sort(dim=1)[0]  # (B, M)
+        known = order[:, count:].sort(dim=1)[0]  # (B, K)
         x_start = gather_tokens(tokens, hidden)  # (B, M, C)
         x_start = x_start[:, None].expand(-1, self.repeats, -1, -1)  # (B, R, M, C)
         t = (rng.uniform(self.repeats, count) * self.diffusion.steps).long()
@@ -883,7 +889,7 @@ def load_model(name: str = None, ckpt: str = None, device="cpu", weights: str = 
     pruned network also kept (layer indices), scheme, granularity, parent. No weight is copied: the file is mapped."""
     path = locate(ckpt) if ckpt else fetch(*weights_of(name))
     state, config = read_state(path, weights)
-    named = config.get("name")
+    named = config.get("name")  # that of the model
     if named not in MODELS:  # an official file, or one of other people, who have a config too
         if name is None:
             holds = f"holds {named!r}, which is not in the table of models" if named else "does not say what it holds"
@@ -948,6 +954,7 @@ def read_state(path, weights: str = "ema"):
             names = (weights, "ema", "model_ema", "model", "state_dict")
             nested = [saved[name] for name in names if isinstance(saved.get(name), dict)]
             state = nested[0] if nested else saved
+        # Some files hold counters beside the weights.
         state = {key.removeprefix("module."): v.detach() for key, v in state.items() if isinstance(v, torch.Tensor)}
         if not state:
             raise ValueError("it holds no weights")
@@ -959,7 +966,7 @@ SAFETENSORS_TYPES = dict(F64=torch.double, F32=torch.float, F16=torch.half, BF16
 
 def read_safetensors(path):
     """-> views of the mapped file, config or None. 8 bytes of header length, a JSON header, raw little-endian bytes."""
-    raw = np.memmap(path, np.uint8, mode="c")
+    raw = np.memmap(path, np.uint8, mode="c")  # copy on write: the file is never changed
     size = int.from_bytes(bytes(raw[:8]), "little")
     header = json.loads(bytes(raw[8 : 8 + size]))
     data = torch.from_numpy(raw)[8 + size :]
@@ -1023,7 +1030,7 @@ def atomic_write(path, write):
     try:
         write(temporary)
         with open(temporary, "rb+") as f:
-            os.fsync(f.fileno())
+            os.fsync(f.fileno())  # else a power cut after the rename could leave an empty file
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -1057,7 +1064,7 @@ def download(url: str, path: Path):
             raise OSError(f"the connection broke after {temporary.stat().st_size} of {length} bytes")
 
     try:
-        with urllib.request.urlopen(url, timeout=30) as response:
+        with urllib.request.urlopen(url, timeout=30) as response:  # torch.hub does not notice a broken connection
             length = int(response.headers["Content-Length"])
         atomic_write(path, write)
     except Exception as e:
@@ -1127,7 +1134,7 @@ def start_ranks(device="auto") -> torch.device:
         if not torch.cuda.is_available():
             raise UserError(f"--device {device}, and no GPU is found; give --device cpu")
         torch.cuda.set_device(device)
-    if "RANK" in os.environ and not dist.is_initialized():
+    if "RANK" in os.environ and not dist.is_initialized():  # torchrun sets it
         timeout = datetime.timedelta(hours=2)  # a rank may wait long for one that downloads, writes, or is slower
         if device.type == "cuda":
             dist.init_process_group("nccl", timeout=timeout, device_id=device)
@@ -1140,7 +1147,7 @@ def choose_dtype(name: str, device) -> torch.dtype:
     """--dtype: auto takes bfloat16 where the hardware has it, float32 where it would be emulated, which is slow."""
     if name != "auto":
         return getattr(torch, name)
-    if device.type == "cpu":
+    if device.type == "cpu":  # few processors have it
         native = torch.cpu._is_amx_tile_supported()
     else:
         native = torch.cuda.is_bf16_supported(including_emulation=False)
@@ -1160,7 +1167,7 @@ def cast_frozen(net: nn.Module, dtype):
 
 
 class Progress:
-    """One line with rate and ETA, on rank 0's stderr: rewritten on a terminal, every 10 s in a log file."""
+    """A line with rate and ETA, on rank 0's stderr: rewritten every second on a terminal, every 10 s in a log file."""
 
     def __init__(self, what: str, total: int, unit: str, done: int = 0):
         self.what = what
@@ -1168,24 +1175,22 @@ class Progress:
         self.unit = unit
         self.first = done
         self.start = time.time()
-        self.printed = time.time()
-        self.tty = sys.stderr.isatty()
+        self.printed = self.start
 
     def update(self, done: int, note: str = ""):
         """Prints the line if it is time, and at the end."""
         now = time.time()
-        finished = done >= self.total
-        interval = 0.2 if self.tty else 10
-        if rank() != 0 or (not finished and now - self.printed < interval):
+        on_terminal = sys.stderr.isatty()
+        interval = 1 if on_terminal else 10
+        # Printing at every step would fill the log, and slow down short steps.
+        if rank() != 0 or (done < self.total and now - self.printed < interval):
             return
         self.printed = now
         rate = (done - self.first) / max(now - self.start, 1e-9)
-        seconds = (self.total - done) / max(rate, 1e-9)
-        eta = datetime.timedelta(seconds=int(min(seconds, 1e9)))
+        eta = datetime.timedelta(seconds=round((self.total - done) / max(rate, 1e-6)))
         line = f"{self.what} {done}/{self.total} {self.unit}  {rate:.1f} {self.unit}/s  ETA {eta}  {note}"
-        if self.tty:
-            line = "\r\033[K" + line
-        print(line, end="" if self.tty and not finished else "\n", file=sys.stderr, flush=True)
+        end = "\r" if on_terminal and done < self.total else "\n"
+        print(line.ljust(100), end=end, file=sys.stderr, flush=True)
 
 
 class RowGenerator:
@@ -1197,7 +1202,7 @@ class RowGenerator:
     of sampling changes row i. (CPU and CUDA differ, though.)"""
 
     def __init__(self, key: tuple, start: int, stop: int, block: int, device="cpu"):
-        first = start // block
+        first = start // block  # the blocks from first to end hold our rows
         end = math.ceil(stop / block)
         self.block = block
         self.device = device
@@ -1206,6 +1211,7 @@ class RowGenerator:
         self.shared = np.random.default_rng(make_seed(*key))  # for what all rows share and Python needs to know
 
     def _draw(self, function, shape):
+        # A block is always drawn whole: the numbers of its rows depend on each other's order.
         blocks = [function((self.block, *shape), generator=g, device=self.device) for g in self.generators]
         return torch.cat(blocks)[self.rows]
 
