@@ -1,12 +1,12 @@
 """DiT in the format of Hugging Face's diffusers, both ways.
 
-    python reproduce/diffusers_format.py --read transformer/diffusion_pytorch_model.safetensors --out weights/dit-hf.pt
+    python reproduce/diffusers_format.py --read diffusion_pytorch_model.safetensors --model dit-xl --out dit-hf.pt
     python reproduce/diffusers_format.py --write out/distill/student.pt --out out/student-diffusers
 
---read takes the transformer of facebook/DiT-XL-2-256 (with --model dit-xl-512: of DiT-XL-2-512), .safetensors or .bin.
-It writes a checkpoint in our format, which every stage takes as --ckpt or --teacher.
+--read takes the file in the folder transformer of facebook/DiT-XL-2-256 or, with --model dit-xl-512, of
+facebook/DiT-XL-2-512; one that ends in .bin, too. What it writes is a --ckpt or --teacher for every stage.
 
---write takes a DiT of any depth and writes a folder, from which diffusers draws images:
+--write takes a DiT of any depth. It writes a folder, from which diffusers draws images:
 
     from diffusers import AutoencoderKL, DiTPipeline
     vae = AutoencoderKL.from_pretrained("stabilityai/sd-vae-ft-ema")
@@ -15,9 +15,9 @@ It writes a checkpoint in our format, which every stage takes as --ckpt or --tea
         block.norm1.emb.time_proj.downscale_freq_shift = 0
     images = pipe([207, 360], guidance_scale=1.5, num_inference_steps=50).images
 
-The loop is needed because diffusers embeds a time with frequencies 10000^(-i / 127), where DiT has 10000^(-i / 128).
-Without it outputs are a few percent off, also those of facebook's own files. With it these are the images of
-sample_images(..., sampler="ddim", steps="ddim50", guidance_channels=4), since diffusers guides all four channels.
+The loop is there because diffusers embeds times with the frequencies 10000^(-i / 127), and DiT with 10000^(-i / 128).
+Without it, outputs are off by some percent, those of facebook's own files too. With it, the images are those of our
+sample_images(..., sampler="ddim", steps="ddim50", guidance_channels=4): diffusers guides all four channels.
 """
 import argparse
 import json
@@ -85,8 +85,7 @@ def write_pipeline(folder, net, config):
     rows = torch.arange(1001).clamp(max=net.classes)
     table = net.y_embedder.embedding_table
     table.weight.data = table.weight.data[rows]
-    weights = weights_in_diffusers(net)
-    write_safetensors(folder / "transformer/diffusion_pytorch_model.safetensors", weights, config)
+    write_safetensors(folder / "transformer/diffusion_pytorch_model.safetensors", weights_in_diffusers(net), config)
     heads = net.blocks[0].attn.heads
     write_json(
         folder / "transformer/config.json",
@@ -118,10 +117,10 @@ def write_json(path, **contents):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--read", help="diffusers' transformer, .safetensors or .bin")
-    parser.add_argument("--write", help="a DiT in our format; not with --read")
-    parser.add_argument("--out", type=Path, required=True, help="the file that --read makes, or the folder of --write")
-    parser.add_argument("--model", help="its entry in the table of models, where the file does not say it")
+    parser.add_argument("--read", help="weights of diffusers' transformer")
+    parser.add_argument("--write", help="checkpoint of a DiT in our format")
+    parser.add_argument("--out", type=Path, required=True, help="a file for --read, a folder for --write")
+    parser.add_argument("--model", help="the entry of the table of models, unless the file says it")
     args = parser.parse_args(argv)
     if args.read:
         net = read_transformer(args.read, args.model)
