@@ -25,7 +25,7 @@ import torch
 
 from extract_latents import Batches, Latents, check_fit
 from model import (
-    MODELS, Progress, UserError, autocast, build_model, load_model, locate, make_seed, rank, read_state, run_main,
+    MODELS, Progress, UserError, autocast, build_model, load_model, make_seed, rank, read_state, run_main,
     save_checkpoint)
 from prune import (
     adamw, add_training_arguments, clip_and_step, ema_update, fill_recipe, join_layers, log, prepare, resume, save,
@@ -35,7 +35,7 @@ from prune import (
 # Hidden states: which layers are matched, and the masked loss between them.
 
 
-def matched_layers(scheme, student: list, teacher: list) -> list:
+def matched_layers(scheme, student, teacher):
     """Pairs (student layer, teacher layer) whose hidden states are compared, as in the release.
 
     scheme: the N:M groups by which the student was cut, or None; student, teacher: the layers in each list of blocks.
@@ -66,7 +66,7 @@ def matched_layers(scheme, student: list, teacher: list) -> list:
 class HiddenStates:
     """Keeps the output (B, T, D) of chosen layers at each forward pass of `net`."""
 
-    def __init__(self, net, layers: list):
+    def __init__(self, net, layers):
         self.states = {}  # block -> output
         blocks = net.layers()
         self.blocks = [blocks[i] for i in layers]
@@ -76,12 +76,12 @@ class HiddenStates:
     def keep(self, block, inputs, output):
         self.states[block] = output
 
-    def take(self) -> list:
+    def take(self):
         """The latest outputs, which are then forgotten here: nothing outlives its step."""
         return [self.states.pop(block) for block in self.blocks]
 
 
-def suppress_massive(h, k: float = 2.0):
+def suppress_massive(h, k=2.0):
     """Zeroes the elements of h (B, T, D) that lie k or more standard deviations from their sample's mean.
 
     A few activations of a transformer are 15 to 40 standard deviations large (the paper's figure 8): they alone would
@@ -115,7 +115,7 @@ ALPHA_KD = 0.9  # table 6
 ALPHA_DIFF = 1 - ALPHA_KD
 
 
-def recover(net, average, teacher, objective, batches, pairs: list, args, config: dict):
+def recover(net, average, teacher, objective, batches, pairs, args, config):
     """Trains net in place, and `average`, the moving average of its weights (EMA), with the loss of eq. 8.
 
     teacher None: fine-tuning. pairs: of matched layers; none: no L_Rep. config is stored in the checkpoints."""
@@ -169,7 +169,7 @@ def recover(net, average, teacher, objective, batches, pairs: list, args, config
             save(args, step, state, config=config)
 
 
-def lr_factor(step: int, steps: int, warmup: int, end: float) -> float:
+def lr_factor(step, steps, warmup, end):
     """Factor of the learning rate: from 1 to `end` on a cosine, after a linear warm-up."""
     rise = min(1.0, (step + 1) / max(warmup, 1))
     cosine = 0.5 * (1 + math.cos(math.pi * step / steps))  # from 1 to 0
@@ -187,7 +187,7 @@ def make_parser():
     add = parser.add_argument_group("who learns from whom").add_argument
     add("--mode", choices=[*HIDDEN_LOSSES, "logits-kd", "finetune", "scratch"], default="masked-kd",
         help="what the student learns from (default: %(default)s)")
-    add("--student", default="out/prune/shallow.pt", metavar="FILE|URL", help="a cut network of prune.py, or any "
+    add("--student", default="out/prune/shallow.pt", metavar="FILE", help="a cut network of prune.py, or any "
         "weights (default: %(default)s); unused in mode scratch")
     add("--model", metavar="NAME", help="what --student holds, if the file does not say; in mode scratch, which "
         "network (default there: dit-tiny)")
@@ -216,7 +216,7 @@ def load_student(args):
     return net, dict(name=name, depth=net.depths())
 
 
-def load_teacher(args, net, config: dict):
+def load_teacher(args, net, config):
     """The frozen teacher, or None in the modes that have none."""
     if args.mode in ("finetune", "scratch"):
         return None
@@ -226,7 +226,7 @@ def load_teacher(args, net, config: dict):
     if source in MODELS:
         teacher, _ = load_model(source, device=args.device)
     else:  # a file of ours names its model; an official one holds the student's, at any depth
-        _, named = read_state(locate(source))
+        _, named = read_state(source)
         teacher, _ = load_model(named.get("name", config["name"]), source, args.device)
     for what in ("channels", "classes", "input_size"):
         if getattr(teacher, what) != getattr(net, what):

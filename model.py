@@ -15,7 +15,6 @@ follows it at first: checkpoints, downloads, ranks, progress, seeded random numb
 import argparse
 import contextlib
 import datetime
-import hashlib
 import json
 import math
 import os
@@ -41,7 +40,7 @@ ROOT = Path(__file__).resolve().parent
 class Attention(nn.Module):
     """Multi-head self-attention, (B, T, D) -> (B, T, D); names as in timm, which all three releases use."""
 
-    def __init__(self, width: int, heads: int, dropout: float = 0.0):
+    def __init__(self, width, heads, dropout=0.0):
         super().__init__()
         if width % heads:
             raise ValueError(f"a width of {width} is not a multiple of {heads} heads")
@@ -65,7 +64,7 @@ class Attention(nn.Module):
 class Mlp(nn.Module):
     """Two linear layers with a GELU between them: tanh-approximated in DiT and SiT, exact in MAR."""
 
-    def __init__(self, width: int, hidden: int, approximate: str, dropout: float = 0.0):
+    def __init__(self, width, hidden, approximate, dropout=0.0):
         super().__init__()
         self.fc1 = nn.Linear(width, hidden)
         self.act = nn.GELU(approximate=approximate)
@@ -80,7 +79,7 @@ class Mlp(nn.Module):
 class TimestepEmbedder(nn.Module):
     """Times (N,), any real numbers -> (N, D): 256 cosines and sines, then an MLP."""
 
-    def __init__(self, width: int):
+    def __init__(self, width):
         super().__init__()
         self.mlp = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
 
@@ -95,7 +94,7 @@ def modulate(x, shift, scale):
     return x * (1 + scale) + shift
 
 
-def sincos_table(width: int, grid: int) -> torch.Tensor:
+def sincos_table(width, grid):
     """Fixed 2-D position table (1, grid * grid, width): half of the channels for the column, half for the row."""
     exponents = torch.arange(width // 4, dtype=torch.float64) / (width / 4)
     frequencies = 1 / 10000**exponents
@@ -108,7 +107,7 @@ def sincos_table(width: int, grid: int) -> torch.Tensor:
     return table.float()[None]
 
 
-def init_linear(module: nn.Module):
+def init_linear(module):
     if isinstance(module, nn.Linear):
         nn.init.xavier_uniform_(module.weight)
         nn.init.zeros_(module.bias)
@@ -129,22 +128,22 @@ class Prunable:
     layer is addressed by its index over all of them: MAR-Large's 0-15 are the encoder's, 16-31 the decoder's. It
     maps (B, T, D) to (B, T, D); its other arguments have B rows too."""
 
-    def layers(self) -> list:
+    def layers(self):
         """All prunable layers, in order."""
         return [block for name in self.block_lists for block in getattr(self, name)]
 
-    def depths(self) -> list:
+    def depths(self):
         """The number of layers in each list."""
         return [len(getattr(self, name)) for name in self.block_lists]
 
-    def replace_layers(self, layers: list):
+    def replace_layers(self, layers):
         """Puts these layers, as many as there are, in the places of the present ones; None leaves one out."""
         remaining = iter(layers)
         for name in self.block_lists:
             new = [next(remaining) for _ in getattr(self, name)]
             setattr(self, name, nn.ModuleList(layer for layer in new if layer is not None))
 
-    def keep_layers(self, kept: list):
+    def keep_layers(self, kept):
         """Removes all layers but those with these indices, in place. IndexError if there is no such layer."""
         layers = self.layers()
         for i in kept:
@@ -160,7 +159,7 @@ class Prunable:
 class DiTBlock(nn.Module):
     """A transformer block whose LayerNorms are shifted, scaled and gated by the condition c (adaLN-Zero)."""
 
-    def __init__(self, width: int, heads: int):
+    def __init__(self, width, heads):
         super().__init__()
         self.norm1 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
         self.attn = Attention(width, heads)
@@ -185,7 +184,7 @@ class DiTBlock(nn.Module):
 class FinalLayer(nn.Module):
     """Features (..., D), modulated by a condition that broadcasts with them -> outputs (..., out)."""
 
-    def __init__(self, width: int, out: int):
+    def __init__(self, width, out):
         super().__init__()
         self.norm_final = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
         self.linear = nn.Linear(width, out)
@@ -225,7 +224,7 @@ class DiT(nn.Module, Prunable):
         init_adaln(self.t_embedder.mlp, self.blocks, self.final_layer)
 
     @staticmethod
-    def shape_of(state: dict, known: dict) -> dict:
+    def shape_of(state, known):
         """The shape of the network that these weights belong to. known: what they cannot say, the heads."""
         width, channels, patch, _ = state["x_embedder.proj.weight"].shape
         grid = math.isqrt(state["pos_embed"].shape[1])
@@ -268,7 +267,7 @@ class SiT(DiT):
         return VelocityObjective(self)
 
 
-def count_blocks(state: dict, name: str) -> int:
+def count_blocks(state, name):
     """The number of blocks in a list, from the names of the weights: "blocks.11.attn.qkv.weight" is of the 12th."""
     prefix = f"{name}."
     keys = [key.removeprefix(prefix) for key in state if key.startswith(prefix)]
@@ -279,7 +278,7 @@ def count_blocks(state: dict, name: str) -> int:
 HALVES = dict(attn="norm1", mlp="norm2")  # each with the LayerNorm before it
 
 
-def remove_half(block: nn.Module, half: str):
+def remove_half(block, half):
     """Takes the attention ("attn") or the MLP ("mlp") out of a DiTBlock or MarBlock, in place."""
     setattr(block, half, None)
     setattr(block, HALVES[half], None)
@@ -300,7 +299,7 @@ def remove_half(block: nn.Module, half: str):
 class MarBlock(nn.Module):
     """The plain pre-norm ViT block, with dropout."""
 
-    def __init__(self, width: int, heads: int, dropout: float):
+    def __init__(self, width, heads, dropout):
         super().__init__()
         self.norm1 = nn.LayerNorm(width, eps=1e-6)
         self.attn = Attention(width, heads, dropout)
@@ -318,7 +317,7 @@ class MarBlock(nn.Module):
 class ResBlock(nn.Module):
     """The token denoiser's block: an MLP with adaLN, on single tokens (N, D)."""
 
-    def __init__(self, width: int):
+    def __init__(self, width):
         super().__init__()
         self.in_ln = nn.LayerNorm(width, eps=1e-6)
         self.mlp = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
@@ -332,7 +331,7 @@ class ResBlock(nn.Module):
 class TokenDenoiser(nn.Module):
     """Noised tokens x (N, C), times t (N,), conditions z (N, D) -> (N, 2C): predicted noise, variance."""
 
-    def __init__(self, channels: int, condition: int, width: int, depth: int):
+    def __init__(self, channels, condition, width, depth):
         super().__init__()
         self.time_embed = TimestepEmbedder(width)
         self.cond_embed = nn.Linear(condition, width)
@@ -393,7 +392,7 @@ class MAR(nn.Module, Prunable):
         self.diffloss = nn.ModuleDict(dict(net=denoiser))  # the release's name
 
     @staticmethod
-    def shape_of(state: dict, known: dict) -> dict:
+    def shape_of(state, known):
         """The shape of the network that these weights belong to. known: what they cannot say, the heads, the
         dropout, and how the values of a token divide into channels and patch."""
         patch = known.get("patch", 1)
@@ -466,7 +465,7 @@ class MAR(nn.Module, Prunable):
         return MaskedTokenObjective(self)
 
 
-def learned(tokens: int, width: int) -> nn.Parameter:
+def learned(tokens, width):
     """Learned tokens (1, tokens, width)."""
     return nn.Parameter(0.02 * torch.randn(1, tokens, width))
 
@@ -486,7 +485,7 @@ class GaussianDiffusion:
     schedule: "linear" (DiT) or "cosine" (MAR), 1000 training steps. respacing: see `respace`; a sampler visits only
     those steps. x is (N, C, ...), a network's output (N, 2C, ...), t (N,) indices into the steps that are left."""
 
-    def __init__(self, schedule: str = "linear", respacing: str = "", device="cpu"):
+    def __init__(self, schedule="linear", respacing="", device="cpu"):
         betas = np.linspace(1e-4, 0.02, 1000) if schedule == "linear" else cosine_betas()
         self.timestep_map = respace(respacing)
         self.steps = len(self.timestep_map)
@@ -577,7 +576,7 @@ def at(table, t, like):
     return table[t].float().view(-1, *ones)
 
 
-def cosine_betas(steps: int = 1000) -> np.ndarray:
+def cosine_betas(steps=1000):
     """IDDPM, eq. 17: abar(t) is a squared cosine; no beta is above 0.999."""
     times = [i / steps for i in range(steps + 1)]
     abar = [math.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2 for t in times]
@@ -585,7 +584,7 @@ def cosine_betas(steps: int = 1000) -> np.ndarray:
     return np.minimum(betas, 0.999)
 
 
-def respace(respacing: str, total: int = 1000) -> list:
+def respace(respacing, total=1000):
     """The training steps that a sampler visits: "250" evenly spread ones, both ends included; "ddim50": every 20th."""
     text = respacing or str(total)
     count = text.removeprefix("ddim")
@@ -632,7 +631,7 @@ def flat_mean(x):
 # asked about the same batch; predict is the network's answer; loss and kd (against a teacher's answer) are (B,).
 
 
-def drop_labels(y, rng, classes: int, probability: float = 0.1):
+def drop_labels(y, rng, classes, probability=0.1):
     """Replaces a tenth of the labels by the null label, so that one network learns both sides of guidance."""
     return torch.where(rng.uniform() < probability, classes, y)
 
@@ -733,7 +732,7 @@ def per_token(v):
     return v.flatten(0, 2)
 
 
-def device_of(net) -> torch.device:
+def device_of(net):
     return next(net.parameters()).device
 
 
@@ -841,13 +840,13 @@ MODELS = {
 }
 
 
-def model_entry(name: str) -> dict:
+def model_entry(name):
     if name not in MODELS:
         raise UserError(f"no model is called {name!r}; there are {', '.join(MODELS)}")
     return MODELS[name]
 
 
-def build_model(name: str, depth=None, **shape) -> nn.Module:
+def build_model(name, depth=None, **shape):
     """A network with fresh weights. depth and shape: what differs from the table's."""
     entry = model_entry(name)
     shape = entry["shape"] | shape
@@ -858,23 +857,20 @@ def build_model(name: str, depth=None, **shape) -> nn.Module:
     return net
 
 
-def weights_of(name: str) -> tuple:
+def weights_of(name):
     """The file in weights/, and the address that it is from, or None if it is bundled."""
     return model_entry(name).get("weights", (f"{name}.pt", None))
 
 
 def list_models():
-    """Prints the table: name, layers, parameters, where the weights are from, and which are on this disk."""
+    """Prints the table: name, layers, parameters, file, and whether it is on this disk."""
     for name in MODELS:
         with torch.device("meta"):  # shapes without memory
             net = build_model(name)
         size = sum(p.numel() for p in net.parameters()) / 1e6
         file, url = weights_of(name)
-        here = (ROOT / "weights" / file).exists()
-        source = "on this disk"
-        if not here:
-            source = f"from {url.split('?')[0]}" if url else "none known"
-        print(f"{name:<10} {sum(net.depths()):>2} layers {size:>6.1f} M parameters   weights/{file}: {source}")
+        here = "" if (ROOT / "weights" / file).exists() else "(not on this disk)"
+        print(f"{name:<10} {sum(net.depths()):>2} layers {size:>6.1f} M parameters  weights/{file} {here}")
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -882,12 +878,12 @@ def list_models():
 # needs. Official files have no config: --model says what they hold, and the shape is read from the weights.
 
 
-def load_model(name: str = None, ckpt: str = None, device="cpu", weights: str = "ema"):
-    """-> (network in eval mode, config). From `ckpt` (a path or URL, any official format), else the table's weights.
+def load_model(name=None, ckpt=None, device="cpu", weights="ema"):
+    """-> (network in eval mode, config). From `ckpt` (any official format), else the table's weights.
 
     weights: "ema" or "model", where a file has both. config: name and depth (one number per list of blocks); of a
     pruned network also kept (layer indices), scheme, granularity, parent. No weight is copied: the file is mapped."""
-    path = locate(ckpt) if ckpt else fetch(*weights_of(name))
+    path = ckpt or fetch(*weights_of(name))
     state, config = read_state(path, weights)
     named = config.get("name")  # that of the model
     if named not in MODELS:  # an official file, or one of other people, who have a config too
@@ -905,7 +901,7 @@ def load_model(name: str = None, ckpt: str = None, device="cpu", weights: str = 
     return net.to(device).eval(), {**config, "depth": net.depths()}
 
 
-def remove_missing_halves(net, state: dict):
+def remove_missing_halves(net, state):
     """Leaves of a block what the weights have, its attention or its MLP, if they lack the other."""
     for name in net.block_lists:
         for i, block in enumerate(getattr(net, name)):
@@ -915,7 +911,7 @@ def remove_missing_halves(net, state: dict):
                     remove_half(block, half)
 
 
-def load_state(net: nn.Module, state: dict, source):
+def load_state(net, state, source):
     """Puts `state` into `net` as float32; the UserError names the keys or shapes that differ."""
     with reading(source):
         net.load_state_dict({key: v.float() for key, v in state.items()}, assign=True)
@@ -934,13 +930,13 @@ HARMLESS = [
 ]
 
 
-def read_torch(path) -> dict:
+def read_torch(path):
     """torch.load that runs no code (weights_only) and maps the file instead of reading it."""
     with reading(path), torch.serialization.safe_globals(HARMLESS):
         return dict(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
 
 
-def read_state(path, weights: str = "ema"):
+def read_state(path, weights="ema"):
     """Anybody's weights file -> (state dict on the CPU, config). Pickled code is never run.
 
     Reads .safetensors, and torch files, plain or nested under ema, model, model_ema or state_dict, with or without
@@ -983,7 +979,7 @@ def read_safetensors(path):
     return state, config
 
 
-def write_safetensors(path, state: dict, config: dict):
+def write_safetensors(path, state, config):
     """The inverse. `config` is stored as JSON in the header's metadata."""
     codes = {dtype: code for code, dtype in SAFETENSORS_TYPES.items()}
     header = {"__metadata__": {"config": json.dumps(config)}}
@@ -1040,15 +1036,7 @@ def save_checkpoint(path, **contents):
     atomic_write(path, lambda temporary: torch.save(contents, temporary))
 
 
-def locate(path_or_url: str) -> Path:
-    """A path as it is; a URL downloaded to weights/."""
-    if not str(path_or_url).startswith(("http://", "https://")):
-        return Path(path_or_url)
-    tag = hashlib.sha256(path_or_url.encode()).hexdigest()[:8]  # many releases call their file checkpoint-last.pth
-    return fetch(f"{tag}-{Path(path_or_url.split('?')[0]).name}", path_or_url)
-
-
-def fetch(file: str, url: str) -> Path:
+def fetch(file, url):
     """weights/FILE, downloaded the first time: by one rank of each machine, while the others wait."""
     path = ROOT / "weights" / file
     if url and not path.exists() and int(os.environ.get("LOCAL_RANK", 0)) == 0:
@@ -1057,7 +1045,7 @@ def fetch(file: str, url: str) -> Path:
     return path
 
 
-def download(url: str, path: Path):
+def download(url, path):
     def write(temporary):
         torch.hub.download_url_to_file(url, str(temporary), progress=rank() == 0)
         if temporary.stat().st_size != length:
@@ -1093,11 +1081,11 @@ def run_main(main):
         dist.destroy_process_group()
 
 
-def rank() -> int:
+def rank():
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def world_size() -> int:
+def world_size():
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
@@ -1123,7 +1111,7 @@ def on_rank_0(function):
     return result
 
 
-def start_ranks(device="auto") -> torch.device:
+def start_ranks(device="auto"):
     """Joins the process group if torchrun started us (nccl on CUDA, gloo on CPU); -> this rank's device."""
     if device in ("auto", "cuda"):
         local_rank = int(os.environ.get("LOCAL_RANK", 0))
@@ -1132,7 +1120,7 @@ def start_ranks(device="auto") -> torch.device:
     device = torch.device(device)
     if device.type == "cuda":
         if not torch.cuda.is_available():
-            raise UserError(f"--device {device}, and no GPU is found; give --device cpu")
+            raise UserError(f"--device {device}: torch finds no GPU here; give --device cpu")
         torch.cuda.set_device(device)
     if "RANK" in os.environ and not dist.is_initialized():  # torchrun sets it
         timeout = datetime.timedelta(hours=2)  # a rank may wait long for one that downloads, writes, or is slower
@@ -1143,7 +1131,7 @@ def start_ranks(device="auto") -> torch.device:
     return device
 
 
-def choose_dtype(name: str, device) -> torch.dtype:
+def choose_dtype(name, device):
     """--dtype: auto takes bfloat16 where the hardware has it, float32 where it would be emulated, which is slow."""
     if name != "auto":
         return getattr(torch, name)
@@ -1158,7 +1146,7 @@ def autocast(device, dtype):
     return torch.autocast(torch.device(device).type, dtype, enabled=dtype != torch.float32)
 
 
-def cast_frozen(net: nn.Module, dtype):
+def cast_frozen(net, dtype):
     """Casts the weights that are not trained to the dtype of the forward pass, once: autocast would cast them again
     at each call, since it remembers a cast only for weights that need a gradient."""
     for module in net.modules():
@@ -1167,9 +1155,9 @@ def cast_frozen(net: nn.Module, dtype):
 
 
 class Progress:
-    """A line with rate and ETA, on rank 0's stderr: rewritten every second on a terminal, every 10 s in a log file."""
+    """Prints a line with rate and ETA every five seconds, on rank 0's stderr."""
 
-    def __init__(self, what: str, total: int, unit: str, done: int = 0):
+    def __init__(self, what, total, unit, done=0):
         self.what = what
         self.total = total
         self.unit = unit
@@ -1177,20 +1165,17 @@ class Progress:
         self.start = time.time()
         self.printed = self.start
 
-    def update(self, done: int, note: str = ""):
+    def update(self, done, note=""):
         """Prints the line if it is time, and at the end."""
         now = time.time()
-        on_terminal = sys.stderr.isatty()
-        interval = 1 if on_terminal else 10
         # Printing at every step would fill the log, and slow down short steps.
-        if rank() != 0 or (done < self.total and now - self.printed < interval):
+        if rank() != 0 or (done < self.total and now - self.printed < 5):
             return
         self.printed = now
         rate = (done - self.first) / max(now - self.start, 1e-9)
         eta = datetime.timedelta(seconds=round((self.total - done) / max(rate, 1e-6)))
         line = f"{self.what} {done}/{self.total} {self.unit}  {rate:.1f} {self.unit}/s  ETA {eta}  {note}"
-        end = "\r" if on_terminal and done < self.total else "\n"
-        print(line.ljust(100), end=end, file=sys.stderr, flush=True)
+        print(line, file=sys.stderr, flush=True)
 
 
 class RowGenerator:
@@ -1201,7 +1186,7 @@ class RowGenerator:
     step); in sampling it is 16 images and (seed,). So neither a resume, nor the number of ranks, nor the batch size
     of sampling changes row i. (CPU and CUDA differ, though.)"""
 
-    def __init__(self, key: tuple, start: int, stop: int, block: int, device="cpu"):
+    def __init__(self, key, start, stop, block, device="cpu"):
         first = start // block  # the blocks from first to end hold our rows
         end = math.ceil(stop / block)
         self.block = block
@@ -1215,21 +1200,21 @@ class RowGenerator:
         blocks = [function((self.block, *shape), generator=g, device=self.device) for g in self.generators]
         return torch.cat(blocks)[self.rows]
 
-    def normal(self, *shape) -> torch.Tensor:
+    def normal(self, *shape):
         """Standard normal, (rows, *shape)."""
         return self._draw(torch.randn, shape)
 
-    def uniform(self, *shape) -> torch.Tensor:
+    def uniform(self, *shape):
         """On [0, 1), (rows, *shape)."""
         return self._draw(torch.rand, shape)
 
-    def gumbel(self, *shape) -> torch.Tensor:
+    def gumbel(self, *shape):
         """Gumbel(0, 1), minus the logarithm of an exponential variable, (rows, *shape)."""
         exponential = -torch.log1p(-self.uniform(*shape))
         return -exponential.clamp_min(1e-20).log()
 
 
-def make_seed(*key: int) -> int:
+def make_seed(*key):
     """A tuple of whole numbers -> one well-mixed 63-bit seed (neighbouring steps get unrelated streams)."""
     return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> np.uint64(1))
 

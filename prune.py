@@ -47,7 +47,7 @@ from model import (
 # Groups and their candidate masks.
 
 
-def parse_scheme(text: str, depths: list) -> list:
+def parse_scheme(text, depths):
     """ "2:4", or a list "3:4,3:4,2:4", -> [(N, M), ...], one entry for each group of M neighbours. M is the same for
     all groups, and a group lies in one list of layers. depths: the number of layers in each list."""
     scheme = []
@@ -66,7 +66,7 @@ def parse_scheme(text: str, depths: list) -> list:
     return scheme
 
 
-def groups_of(scheme: list):
+def groups_of(scheme):
     """The first layer, N and M of each group."""
     first = 0
     for n, m in scheme:
@@ -74,7 +74,7 @@ def groups_of(scheme: list):
         first += m
 
 
-def candidate_masks(n: int, m: int) -> torch.Tensor:
+def candidate_masks(n, m):
     """All ways to keep n of m layers, lexicographic by kept layers: (C(m, n), m) of 0 and 1."""
     count = math.comb(m, n)  # 6 for 2:4, and 3,432 for 7:14
     if count > 100_000:
@@ -90,7 +90,7 @@ def candidate_masks(n: int, m: int) -> torch.Tensor:
 LOGIT_SCALE = 100.0  # makes a learning rate of 1e-3 move the logits from exploring to a decision within an epoch
 
 
-def draw_masks(logits, candidates, gumbel, tau: float, scaling: float = LOGIT_SCALE):
+def draw_masks(logits, candidates, gumbel, tau, scaling=LOGIT_SCALE):
     """One candidate for each sample (eq. 4 and 5): logits (..., K), candidates (..., K, M), Gumbel noise (..., B, K)
     -> masks (..., B, M), choice (..., B); the leading dimensions are groups.
 
@@ -111,7 +111,7 @@ class GroupMasks(nn.Module):
     Another distribution that `search` can learn is another nn.Module with these three methods, and penalty() if there
     is something to add to the loss."""
 
-    def __init__(self, scheme: list, device="cpu"):
+    def __init__(self, scheme, device="cpu"):
         super().__init__()
         of_groups = [candidate_masks(n, m) for n, m in scheme]  # each (C(M, N), M)
         G = len(scheme)
@@ -128,21 +128,21 @@ class GroupMasks(nn.Module):
         # Equal logits: at the start all candidates are equally likely.
         self.logits = nn.Parameter(torch.full((G, K), 0.02, device=device))
 
-    def sample(self, rng, tau: float):
+    def sample(self, rng, tau):
         """Masks (B, L) of 0 and 1, one for each row of the RowGenerator, with a gradient for the logits."""
         G, K = self.logits.shape
         gumbel = torch.stack([rng.gumbel(K) for _ in range(G)])  # (G, B, K)
         masks, _ = draw_masks(self.logits + self.padding, self.candidates, gumbel, tau)  # (G, B, M)
         return masks.transpose(0, 1).flatten(1)  # the groups side by side: (B, L)
 
-    def decide(self) -> list:
+    def decide(self):
         """The layers to keep: the likeliest candidate of each group."""
         best = (self.logits + self.padding).argmax(dim=1)  # (G,) candidates
         groups = torch.arange(len(best), device=best.device)
         mask = self.candidates[groups, best].flatten()  # (L,)
         return mask.nonzero().flatten().tolist()
 
-    def keep_probability(self) -> list:
+    def keep_probability(self):
         """For each layer, the probability that it is kept."""
         probability = F.softmax(self.logits * LOGIT_SCALE + self.padding, dim=1)  # (G, K)
         # A layer is kept by some of its group's candidates: the sum of their probabilities.
@@ -189,7 +189,7 @@ def rows(index, *values):
     return [v.index_select(0, index) for v in values]
 
 
-def set_masks(layers: list, masks):
+def set_masks(layers, masks):
     """Gives each of the L masked layers its masks (B,) of this batch, and the indices of the samples that use the layer
     (on) and skip it (off). masks: (B, L), on the device of the network."""
     values = masks.detach().cpu()  # the host waits for the device here, once in a batch
@@ -215,7 +215,7 @@ def set_masks(layers: list, masks):
 class LoRALinear(nn.Module):
     """A frozen Linear plus alpha / r * B A x (eq. 7; Hu et al. 2022). B starts at zero, so dW does."""
 
-    def __init__(self, linear: nn.Linear, r: int, alpha: float):
+    def __init__(self, linear, r, alpha):
         super().__init__()
         self.linear = linear  # W
         self.scale = alpha / r
@@ -229,7 +229,7 @@ class LoRALinear(nn.Module):
         return self.linear(x) + update * self.scale
 
 
-def add_delta_w(net, kind: str, r: int = 8) -> list:
+def add_delta_w(net, kind, r=8):
     """Makes dW trainable, all else frozen: "lora" on every Linear, "full" for all weights, "frozen" for none.
 
     -> its parameters."""
@@ -246,12 +246,12 @@ def add_delta_w(net, kind: str, r: int = 8) -> list:
 # The search.
 
 
-def learned(net, objective, batches, scheme, args) -> list:
+def learned(net, objective, batches, scheme, args):
     """TinyFusion's criterion."""
     return search(net, objective, batches, GroupMasks(scheme, args.device), args)
 
 
-def search(net, objective, batches, masks, args) -> list:
+def search(net, objective, batches, masks, args):
     """Learns the distribution `masks` (lr 1e-3) and dW (lr 1e-4) together, as in the release; -> the layers to keep.
 
     The loss is the family's own: no teacher takes part. The network stays in eval mode: MAR's dropout (the paper says
@@ -304,7 +304,7 @@ def search(net, objective, batches, masks, args) -> list:
 # The loss after a cut, and other papers' criteria: (net, objective, batches, scheme, args) -> the layers to keep.
 
 
-def calibration_batches(objective, batches) -> list:
+def calibration_batches(objective, batches):
     """This rank's share of 256 fixed samples, times and noises: the same for every cut, criterion and seed."""
     count = min(256, len(batches.latents))
     # About 32 samples at a time, whatever the batch size of the training.
@@ -314,7 +314,7 @@ def calibration_batches(objective, batches) -> list:
 
 
 @torch.no_grad()
-def calibration_loss(net, objective, fixed: list, dtype=torch.float32) -> float:
+def calibration_loss(net, objective, fixed, dtype=torch.float32):
     """The mean training loss over fixed batches; of a cut network, table 3's calibration loss."""
     losses = []
     for batch in fixed:
@@ -327,7 +327,7 @@ def calibration_loss(net, objective, fixed: list, dtype=torch.float32) -> float:
 
 
 @contextlib.contextmanager
-def keeping(net, kept: list):
+def keeping(net, kept):
     """In here the network has only these layers."""
     lists = {name: getattr(net, name) for name in net.block_lists}
     net.keep_layers(kept)
@@ -339,7 +339,7 @@ def keeping(net, kept: list):
 
 
 @torch.no_grad()
-def mean_scores(net, objective, batches, args, measure) -> list:
+def mean_scores(net, objective, batches, args, measure):
     """For every layer the mean of measure(input, output) (B,) over fixed batches; input and output are (B, T, D)."""
     layers = net.layers()
     sums = torch.zeros(len(layers), dtype=torch.float64, device=args.device)
@@ -355,7 +355,7 @@ def mean_scores(net, objective, batches, args, measure) -> list:
     return (sum_over_ranks(sums) / min(256, len(batches.latents))).tolist()
 
 
-def keep_best(scores: list, scheme: list, args) -> list:
+def keep_best(scores, scheme, args):
     """The N layers of each group that score highest. A score that is not a number counts as the highest: without that
     layer the loss is not even a number."""
     say("scores " + " ".join(f"{i}({score:.4g})" for i, score in enumerate(scores)))
@@ -368,7 +368,7 @@ def keep_best(scores: list, scheme: list, args) -> list:
     return kept
 
 
-def block_influence(net, objective, batches, scheme, args) -> list:
+def block_influence(net, objective, batches, scheme, args):
     """ShortGPT (Men et al. 2024): a layer matters as much as it turns the hidden state, 1 - cos(input, output)."""
 
     def turn(x, out):
@@ -377,7 +377,7 @@ def block_influence(net, objective, batches, scheme, args) -> list:
     return keep_best(mean_scores(net, objective, batches, args, turn), scheme, args)
 
 
-def flux_lite(net, objective, batches, scheme, args) -> list:
+def flux_lite(net, objective, batches, scheme, args):
     """Flux.1 Lite (Verdu & Martin 2024): a layer matters as much as it changes the hidden state, MSE(input, output)."""
 
     def change(x, out):
@@ -386,7 +386,7 @@ def flux_lite(net, objective, batches, scheme, args) -> list:
     return keep_best(mean_scores(net, objective, batches, args, change), scheme, args)
 
 
-def losses_of_cuts(net, objective, fixed: list, cuts: list, dtype=torch.float32) -> list:
+def losses_of_cuts(net, objective, fixed, cuts, dtype=torch.float32):
     """The loss over fixed batches right after each cut, a list of the layers to keep."""
     progress = Progress("loss after a cut", len(cuts), "cuts")
     losses = []
@@ -397,7 +397,7 @@ def losses_of_cuts(net, objective, fixed: list, cuts: list, dtype=torch.float32)
     return losses
 
 
-def leave_one_out(net, objective, fixed: list, dtype=torch.float32) -> list:
+def leave_one_out(net, objective, fixed, dtype=torch.float32):
     """For every layer, how much the loss over fixed batches rises when this layer alone is left out."""
     layers = list(range(sum(net.depths())))
     cuts = [layers]
@@ -407,13 +407,13 @@ def leave_one_out(net, objective, fixed: list, dtype=torch.float32) -> list:
     return [loss - all_kept for loss in without_one]
 
 
-def sensitivity(net, objective, batches, scheme, args) -> list:
+def sensitivity(net, objective, batches, scheme, args):
     """A layer matters as much as the loss rises when it alone is left out."""
     rises = leave_one_out(net, objective, calibration_batches(objective, batches), args.dtype)
     return keep_best(rises, scheme, args)
 
 
-def oracle(net, objective, batches, scheme, args) -> list:
+def oracle(net, objective, batches, scheme, args):
     """BK-SDM (Kim et al. 2023): in each list of layers keep the first, the last, and evenly spread ones between.
     It knows no groups: `main` gives it each list of layers as one group."""
     kept = []
@@ -422,7 +422,7 @@ def oracle(net, objective, batches, scheme, args) -> list:
     return kept
 
 
-def lowest_loss(net, objective, batches, scheme, args) -> list:
+def lowest_loss(net, objective, batches, scheme, args):
     """The paper's table 3: of all cuts, or of --candidates random ones, the one with the least loss right after it."""
     total = math.prod(math.comb(m, n) for n, m in scheme)
     if total <= args.candidates:
@@ -438,7 +438,7 @@ def lowest_loss(net, objective, batches, scheme, args) -> list:
     return cuts[np.nanargmin(losses)]  # a loss may be NaN
 
 
-def random_cut(scheme: list, rng) -> list:
+def random_cut(scheme, rng):
     kept = []
     for first, n, m in groups_of(scheme):
         chosen = sorted(rng.choice(m, n, replace=False))
@@ -446,12 +446,12 @@ def random_cut(scheme: list, rng) -> list:
     return kept
 
 
-def random_layers(net, objective, batches, scheme, args) -> list:
+def random_layers(net, objective, batches, scheme, args):
     """N of each group at random: the baseline that every criterion has to beat."""
     return random_cut(scheme, np.random.default_rng(make_seed(args.seed, 3)))
 
 
-def indices(net, objective, batches, scheme, args) -> list:
+def indices(net, objective, batches, scheme, args):
     """The layers named by --layers."""
     return sorted(args.layers)
 
@@ -470,7 +470,7 @@ CRITERIA = {
 NEED_NO_LATENTS = ("oracle", "random", "indices")
 
 
-def check_kept(kept: list, scheme: list) -> list:
+def check_kept(kept, scheme):
     """What a criterion returned, as sorted ints: N different layers of each group, or a UserError."""
     try:
         kept = sorted(int(i) for i in kept)
@@ -492,7 +492,7 @@ def check_kept(kept: list, scheme: list) -> list:
 # The cut. With --granularity sublayer a layer is half a block, an attention or an MLP.
 
 
-def prune_layers(args, scheme: list, kept: list):
+def prune_layers(args, scheme, kept):
     """-> the original network, read anew, with only the kept layers; its config."""
     net, old = load_model(args.model, args.ckpt, args.device)  # the search has changed the weights of its network
     if args.granularity == "sublayer":
@@ -551,7 +551,7 @@ def add_mlp(block, other):
 COLOURS = np.array([(31, 119, 180), (214, 39, 40), (44, 160, 44), (148, 103, 189)])
 
 
-def draw_decision(out: Path, scheme: list):
+def draw_decision(out, scheme):
     """decision.png from log.jsonl: a row for each layer, time to the right; darker means more certain to be kept."""
     lines = [line for line in read_log(out) if "kept" in line]
     if not lines:
@@ -596,7 +596,7 @@ def draw_decision(out: Path, scheme: list):
 # The command line.
 
 
-def layer_list(text: str) -> list:
+def layer_list(text):
     return [int(v) for v in text.split(",")]
 
 
@@ -606,7 +606,7 @@ def make_parser():
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument_group("what to cut, and how to choose").add_argument
     add("--model", metavar="NAME", help="the network to prune (default: dit-tiny, or what --ckpt holds)")
-    add("--ckpt", metavar="FILE|URL", help="its weights, instead of the official ones; or a student, to prune again")
+    add("--ckpt", metavar="FILE", help="its weights, instead of the official ones; or a student, to prune again")
     add("--scheme", default="1:2", help="keep N of each M neighbouring layers; or a list, 3:4,2:4,... with one entry "
         "for each group (default: %(default)s)")
     add("--granularity", choices=["block", "sublayer"], default="block", help="what a layer is: a whole block, or its "
@@ -666,7 +666,7 @@ def main(argv=None, parser=None):
         f"loss after the cut {measured}; wrote {args.out}/shallow.pt")
 
 
-def oracle_scheme(scheme: list, depths: list) -> list:
+def oracle_scheme(scheme, depths):
     """The same number of layers, with each list of layers as one group."""
     lists = []
     first = 0
@@ -722,7 +722,7 @@ def start_run(args):
     barrier()  # no rank looks for checkpoints before
 
 
-def fill_recipe(args, recipe: dict, images: int):
+def fill_recipe(args, recipe, images):
     """Puts the recipe's values where the user gave none; and turns its epochs into steps."""
     for key, value in recipe.items():
         if key != "epochs" and getattr(args, key) is None:
@@ -739,15 +739,15 @@ def prepare(net, args):
             block.compile()
 
 
-def checkpoints(out: Path) -> list:
+def checkpoints(out):
     return sorted(out.glob("step-[0-9]*.pt"))
 
 
-def compared_flags(args) -> dict:
+def compared_flags(args):
     return {key: value for key, value in vars(args).items() if key not in FREE}
 
 
-def resume(args, state: dict) -> int:
+def resume(args, state):
     """Loads the newest checkpoint of --out, if there is one, into the objects of `state`; -> its step, else 0."""
     found = checkpoints(args.out)
     if not found:
@@ -763,7 +763,7 @@ def resume(args, state: dict) -> int:
     return saved["step"]
 
 
-def save(args, step: int, state: dict, **more):
+def save(args, step, state, **more):
     """Rank 0 writes step-*.pt, and keeps the newest two."""
     if rank() == 0:
         contents = {name: value.state_dict() for name, value in state.items()}
@@ -774,7 +774,7 @@ def save(args, step: int, state: dict, **more):
     barrier()
 
 
-def log(args, step: int, sums: dict, progress, **facts):
+def log(args, step, sums, progress, **facts):
     """Logs the averages of `sums` over steps and ranks, and empties it. The host waits for the device here."""
     steps = sums.pop("steps")  # since the last log line
     values = torch.tensor([float(value) for value in sums.values()], device=args.device) / steps
@@ -794,7 +794,7 @@ def append_log(args, **line):
             f.write(json.dumps(line) + "\n")
 
 
-def read_log(out: Path) -> list:
+def read_log(out):
     """The lines of log.jsonl, one for each step: a run that was killed wrote some steps twice."""
     lines = {}
     for text in (out / "log.jsonl").read_text().splitlines():
@@ -803,7 +803,7 @@ def read_log(out: Path) -> list:
     return [lines[step] for step in sorted(lines)]
 
 
-def say(text: str):
+def say(text):
     if rank() == 0:
         print(text, flush=True)
 
@@ -815,7 +815,7 @@ def sum_over_ranks(value):
     return value
 
 
-def sum_gradients_over_ranks(parameters: list, accumulate: int):
+def sum_gradients_over_ranks(parameters, accumulate):
     """From now on each gradient is summed over ranks as soon as the backward pass has it, in the last part of an
     accumulated batch; -> a function that waits for all sums. As the loss is divided by the global batch, a sum is the
     gradient of the global mean. All ranks must have gradients for the same parameters, which come in the same order."""
@@ -845,7 +845,7 @@ def adamw(*groups):
     return torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
 
 
-def clip_and_step(optimizer, parameters: list, sums: dict):
+def clip_and_step(optimizer, parameters, sums):
     """Clips the gradient's norm to 1 and makes a step, which is skipped if the gradient is not finite."""
     norm = nn.utils.clip_grad_norm_(parameters, 1.0)
     skipped = (~norm.isfinite()).float()
@@ -858,7 +858,7 @@ def clip_and_step(optimizer, parameters: list, sums: dict):
 
 
 @torch.no_grad()
-def ema_update(average, net, decay: float, step: int):
+def ema_update(average, net, decay, step):
     """average <- decay * average + (1 - decay) * net, for all parameters."""
     decay = min(decay, (1 + step) / (10 + step))  # at first the average forgets faster
     weight = 1 - decay
