@@ -16,8 +16,8 @@ facebook/DiT-XL-2-512; one that ends in .bin, too. What it writes is a --ckpt or
     images = pipe([207, 360], guidance_scale=1.5, num_inference_steps=50).images
 
 The loop is there because diffusers embeds times with the frequencies 10000^(-i / 127), and DiT with 10000^(-i / 128).
-Without it, outputs are off by some percent, those of facebook's own files too. With it, the images are those of our
-sample_images(..., sampler="ddim", steps="ddim50", guidance_channels=4): diffusers guides all four channels.
+Without it, outputs are off by some percent, those of facebook's own files too. With it, the same noise becomes the same
+image as in sample_images(..., sampler="ddim", steps="ddim50", guidance_channels=4): diffusers guides all four channels.
 """
 import argparse
 import json
