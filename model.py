@@ -541,12 +541,11 @@ class GaussianDiffusion:
             true_log_variance = at(self.posterior_log_variance, t, x_t)
         else:
             true_mean, true_log_variance = target
-        # KL of two Gaussians
-        ratio = (true_log_variance - log_variance).exp()
-        distance = (true_mean - mean) ** 2 * (-log_variance).exp()
-        kl = 0.5 * (-1 + log_variance - true_log_variance + ratio + distance)
+        kl = -1 + log_variance - true_log_variance  # of two Gaussians, twice
+        kl = kl + (true_log_variance - log_variance).exp()
+        kl = kl + (true_mean - mean) ** 2 * (-log_variance).exp()
         nll = -discretized_log_likelihood(x_start, mean, 0.5 * log_variance)
-        bound = torch.where(t == 0, flat_mean(nll), flat_mean(kl))
+        bound = torch.where(t == 0, flat_mean(nll), flat_mean(0.5 * kl))
         return bound / math.log(2)  # from nats to bits
 
     def loss(self, out, x_start, x_t, t, eps):
