@@ -62,6 +62,7 @@ SD = dict(
     batch_size=32,  # images encoded together
     shard=256,  # images in a file
 )
+# MAR's has one level more, 16 channels, and attention at the encoder's last level.
 KL16 = dict(SD, channels=[128, 128, 256, 256, 512], latent=16, encoder_attention=True, scale=0.2325)
 STABILITY = "https://huggingface.co/stabilityai/sd-vae-ft-{}/resolve/main/diffusion_pytorch_model.safetensors"
 KL16_URL = "https://www.dropbox.com/scl/fi/hhmuvaiacrarfg28qxhwz/kl16.ckpt?rlkey=l44xipsezc8atcffdp4q7mwmh&dl=1"
@@ -77,12 +78,11 @@ VAES = {
         flip=False,
         batch_size=250,
         shard=250,
-        weights=("vae-digits.pt", None),
+        weights=("vae-digits.pt", None),  # bundled: no address
     ),
-    # DiT's and SiT's.
+    # DiT and SiT are trained with sd-ema; sd-mse decodes its latents, too, to slightly smoother images.
     "sd-ema": dict(SD, weights=("sd-vae-ft-ema.safetensors", STABILITY.format("ema"))),
     "sd-mse": dict(SD, weights=("sd-vae-ft-mse.safetensors", STABILITY.format("mse"))),
-    # MAR's.
     "kl16": dict(KL16, weights=("kl16.ckpt", KL16_URL)),
 }
 
@@ -176,6 +176,7 @@ class AutoencoderKL(nn.Module):
         inner = channels[-1]  # at that of the latent
         self.factor = 2 ** (len(channels) - 1)  # f, pixels per side of a latent value
 
+        # All levels but the last halve the image.
         down_blocks = nn.Sequential()
         for c_in, c_out in zip([outer] + channels, channels[:-1]):
             down_blocks.append(Level(c_in, c_out, layers, groups, down=True))
@@ -190,6 +191,7 @@ class AutoencoderKL(nn.Module):
             conv_out=conv3x3(inner, 2 * latent),
         ))
 
+        # Backwards, and all levels but the last double it.
         up_blocks = nn.Sequential()
         channels = channels[::-1]
         for c_in, c_out in zip([inner] + channels, channels[:-1]):
@@ -312,7 +314,7 @@ def read_data(path):
     """-> images (a list of paths, or an array), labels (N,), class names, and a fingerprint of them."""
     if os.path.isdir(path):
         images, labels, classes = read_folder(path)
-        names = [os.path.relpath(image, path) for image in images]  # to read all the files would take hours
+        names = [os.path.relpath(image, path) for image in images]  # stand for the images: reading all would take hours
         content = os.fsencode("\n".join(names))
     else:
         images, labels, classes = read_npz(path)
@@ -383,9 +385,9 @@ def to_pixels(image, size, channels):
 
 
 def load_pixels(images, labels, size, channels):
-    """Paths or arrays -> pixels uint8 (n, channels, size, size), labels (n,), what cannot be read and why.
+    """Paths or arrays -> pixels uint8 (n, channels, size, size), labels (n,), and what could not be read, and why.
 
-    In place of an image that cannot be read there are zeros, with the label -1."""
+    An image that could not be read is black and has the label -1."""
     pixels = np.zeros((len(images), channels, size, size), np.uint8)
     labels = labels.copy()
     skipped = []
@@ -427,7 +429,7 @@ def start_folder(out, meta, resume):
     for left_by_a_kill in out.glob(".*.tmp"):
         left_by_a_kill.unlink()
     if resume == "never" or not file.exists():
-        # First the shards: were we killed before meta.json is new, they would pass for its own.
+        # The shards go first: a kill after a new meta.json would leave it with the old shards.
         shutil.rmtree(out / "shards", ignore_errors=True)
         write_json(file, dict(meta, complete=False))
         return False
@@ -456,7 +458,7 @@ def write_shards(vae, images, labels, out, meta):
         return load_pixels(images[rows], labels[rows], meta["image_size"], vae.config["image_channels"])
 
     progress = Progress("extract", len(missing), "shards")
-    loaded = prefetch(load, missing, ahead=8)  # to open images takes as long as to encode them
+    loaded = prefetch(load, missing, ahead=8)  # opening images takes about as long as encoding them
     for done, first in enumerate(missing, start=1):
         pixels, shard_labels, skipped = next(loaded)
         batches = pixels.split(meta["batch_size"])
@@ -526,10 +528,10 @@ class Latents:
         flips = self.moments.shape[1]
         moments = self.moments.reshape(-1, *self.moments.shape[2:])  # (flips * N, 2C, H, W), a view
         places = flips * self.rows[rows]
-        if flips == 2:  # a coin for each row of the global batch, of which we keep ours
+        if flips == 2:  # toss a coin for each row of the global batch, and keep those of our rows
             places += rng.shared.random(rng.block)[rng.rows] < 0.5
         if hasattr(os, "posix_fadvise"):  # on Linux
-            # Name all rows before the first is copied: a disk reads them together several times as fast as one by one.
+            # Announce all rows before the first is copied: together a disk reads them several times as fast.
             size = moments[0].nbytes
             for place in places.tolist():
                 start = self.moments.offset + place * size
@@ -546,7 +548,7 @@ class Latents:
 
 @functools.lru_cache(maxsize=4)
 def epoch_order(n, seed, epoch):
-    """The order of an epoch: a permutation that depends on (seed, epoch) alone, the same on every rank."""
+    """A permutation of n rows, the same on every rank."""
     return np.random.default_rng(make_seed(seed, epoch)).permutation(n)
 
 
@@ -554,8 +556,8 @@ class Batches:
     """batches(step, part) -> latents x, labels y, rng: a part of this rank's share of the global batch of `step`.
 
     The global batch is divided into world_size * accumulate parts, equal to within one row. Rows and random numbers
-    follow from (seed, step) and the position in the global batch: no ranks and no accumulation change them. x is a
-    sample that rng has drawn; training goes on to draw from rng what else these rows need."""
+    follow from (seed, step) and the position in the global batch: ranks and accumulation do not change them. x is a
+    sample that was drawn with rng; training draws with it what else these rows need."""
 
     def __init__(self, latents, batch_size, accumulate, seed, device):
         self.parts = world_size() * accumulate
@@ -604,6 +606,7 @@ def check_fit(net, latents, directory):
 
 
 # ---------------------------------------------------------------------------------------------------------------
+# The command: what depends on the flags, then writing.
 
 
 def main(argv=None):
