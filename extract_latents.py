@@ -25,6 +25,7 @@ import hashlib
 import itertools
 import json
 import os
+import re
 import shutil
 import sys
 import zlib
@@ -39,7 +40,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 
 from model import (ROOT, Progress, RowGenerator, UserError, atomic_write, autocast, barrier, choose_dtype, fetch,
-                   load_state, locate, make_seed, on_rank_0, rank, read_state, reading, run_main, save_checkpoint,
+                   load_state, make_seed, rank, read_state, reading, run_main, save_checkpoint,
                    start_ranks, world_size)
 
 DIGITS = ROOT / "data" / "mnist_train10k.npz"
@@ -224,16 +225,17 @@ class AutoencoderKL(nn.Module):
 
 
 def load_vae(name="digits", ckpt=None, device="cpu", dtype=torch.float32):
-    """A frozen VAE with the weights of `ckpt` (path or URL, official or train_vae.py's), else of the table."""
+    """A frozen VAE with the weights of `ckpt` (an official file, or train_vae.py's), else of the table."""
     entry = VAES[name]
-    path = locate(ckpt) if ckpt else fetch(*entry["weights"])
+    path = ckpt or fetch(*entry["weights"])
     state, config = read_state(path)
     config = dict(entry, name=name) | config  # only our own files (reproduce/train_vae.py) have one
     if config["name"] != name or config["scale"] is None:
         raise UserError(f"{path} does not hold the VAE {name}; give another --ckpt, or another --vae")
     with torch.device("meta"):  # fresh weights would be thrown away
         vae = AutoencoderKL(config, dtype)
-    load_state(vae, rename_vae_keys(state, len(config["channels"])), path)
+    with reading(path):
+        load_state(vae, rename_vae_keys(state, len(config["channels"])))
     vae = vae.to(device, memory_format=torch.channels_last)  # the layout that convolutions are fastest in
     return vae.eval().requires_grad_(False)
 
@@ -293,6 +295,13 @@ def encode_pixels(vae, pixels, flips):
     return moments.transpose(0, 1).contiguous().cpu()
 
 
+def measure_scale(moments):
+    """1 / the standard deviation of latents with these moments: the variance of the means, and the mean variance."""
+    mean, std = moments.float().chunk(2, dim=2)
+    variance = mean.var() + std.square().mean()
+    return variance.rsqrt().item()
+
+
 @torch.no_grad()
 def decode_images(vae, latents):
     """Scaled latents (N, C, H, W) -> uint8 images (N, fH, fW, 3)."""
@@ -310,10 +319,10 @@ def decode_images(vae, latents):
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # torchvision's
 
 
-def read_data(path):
+def read_data(path, class_list=None):
     """-> images (a list of paths, or an array), labels (N,), class names, and a fingerprint of them."""
     if os.path.isdir(path):
-        images, labels, classes = read_folder(path)
+        images, labels, classes = read_folder(path, class_list)
         names = [os.path.relpath(image, path) for image in images]  # stand for the images: reading all would take hours
         content = os.fsencode("\n".join(names))
     else:
@@ -323,11 +332,16 @@ def read_data(path):
     return images, labels, classes, fingerprint
 
 
-def read_folder(path):
-    """Classes are the sub-folders, sorted; images are sorted within them: the order of torchvision's ImageFolder."""
+def read_folder(path, class_list=None):
+    """Classes are the sub-folders, sorted; images are sorted within them: the order of torchvision's ImageFolder.
+
+    class_list: a file with one class per line, in the order of the labels; a line begins with the folder's name."""
     images = []
     labels = []
     classes = []
+    if class_list:
+        lines = Path(class_list).read_text().splitlines()
+        classes = [line.split()[0] for line in lines if line.strip()]
     for folder in sorted(Path(path).iterdir()):
         if not folder.is_dir():
             continue
@@ -341,10 +355,16 @@ def read_folder(path):
         count = len(images) - len(labels)
         if not count:
             raise UserError(f"{folder} holds no {', '.join(EXTENSIONS)}; remove it, or put the class's images there")
-        labels += [len(classes)] * count
-        classes.append(folder.name)
-    if not classes:
+        if not class_list:
+            classes.append(folder.name)
+        if folder.name not in classes:
+            raise UserError(f"{folder} is not in {class_list}; add its class there, or remove the folder")
+        labels += [classes.index(folder.name)] * count
+    if not images:
         raise UserError(f"{path} holds no class folders; put the images into one sub-folder per class")
+    if not class_list and len(classes) != 1000 and all(re.fullmatch("n[0-9]{8}", name) for name in classes):
+        print(f"warning: {path} seems to hold {len(classes)} of ImageNet's 1000 classes, which get the labels 0 to "
+              f"{len(classes) - 1}; give --class-list if the model knows them by ImageNet's numbers", file=sys.stderr)
     return images, np.array(labels), classes
 
 
@@ -424,7 +444,7 @@ def prefetch(function, items, ahead):
 
 
 def start_folder(out, meta, resume):
-    """Starts or continues the folder `out`; -> whether it is complete already."""
+    """Starts or continues the folder `out`. Its meta.json says whether it is complete."""
     file = out / "meta.json"
     for left_by_a_kill in out.glob(".*.tmp"):
         left_by_a_kill.unlink()
@@ -432,7 +452,7 @@ def start_folder(out, meta, resume):
         # The shards go first: a kill after a new meta.json would leave it with the old shards.
         shutil.rmtree(out / "shards", ignore_errors=True)
         write_json(file, dict(meta, complete=False))
-        return False
+        return
     with reading(file):
         old = json.loads(file.read_text())
     for key in meta:
@@ -441,7 +461,6 @@ def start_folder(out, meta, resume):
                             "choose another --out, or start anew with --resume never")
     if old["complete"]:
         print(f"{out} is complete: there is nothing to encode")
-    return old["complete"]
 
 
 def shard_file(out, first):
@@ -522,6 +541,11 @@ class Latents:
 
     def __len__(self):
         return len(self.rows)
+
+    def facts(self):
+        """What a network that is trained on these latents should know: the classes that occur, and the scale."""
+        names = self.meta["classes"]
+        return dict(classes={int(label): names[label] for label in np.unique(self.labels)}, scale=self.scale)
 
     def read(self, rows, rng):
         """-> moments (B, 2C, H, W) float16, of the images or, by chance, of their mirror images; labels (B,)."""
@@ -616,7 +640,11 @@ def main(argv=None):
     add("--out", default="out/latents", help="(default: %(default)s)")
     add("--resume", default="auto", choices=["auto", "never"], help="continue or start anew (default: %(default)s)")
     add("--vae", default="digits", choices=VAES, help="(default: %(default)s)")
-    add("--ckpt", help="path or URL of the VAE's weights (default: the bundled or official ones)")
+    add("--ckpt", help="the VAE's weights (default: the bundled or official ones)")
+    add("--scale", help="what latents are multiplied by: a number, or auto, 1 / their standard deviation over 256 "
+        "images (default: the VAE's)")
+    add("--class-list", help="a file with one class per line, in the order of the model's labels, for a folder that "
+        "has some of them; the first word is the folder's name")
     add("--image-size", type=int, help="pixels per side (default: 256, digits 32)")
     add("--flip", action=argparse.BooleanOptionalAction, help="mirror images, too (default: yes, digits no)")
     add("--dtype", default="float32", choices=["auto", "float32", "bfloat16"],
@@ -629,7 +657,12 @@ def main(argv=None):
     dtype = choose_dtype(args.dtype, device)
     vae = load_vae(args.vae, args.ckpt, device, dtype)
     size = args.image_size or vae.config["image_size"]
-    images, labels, classes, fingerprint = read_data(args.data)
+    images, labels, classes, fingerprint = read_data(args.data, args.class_list)
+    if args.scale == "auto":
+        pixels, _, _ = load_pixels(images[:256], labels[:256], size, vae.config["image_channels"])
+        vae.scale = measure_scale(encode_pixels(vae, pixels, flips=1))
+    elif args.scale:
+        vae.scale = float(args.scale)
     flip = vae.config["flip"] if args.flip is None else args.flip
     weights = [value.cpu().numpy().tobytes() for value in vae.state_dict().values()]
     meta = dict(  # all that the bytes depend on: a run with other values does not continue this one
@@ -647,11 +680,15 @@ def main(argv=None):
         batch_size=args.batch_size or vae.config["batch_size"],  # in another batch sums may run in another order
     )
     out = Path(args.out)
-    if not on_rank_0(lambda: start_folder(out, meta, args.resume)):
-        write_shards(vae, images, labels, out, meta)
-        barrier()
-        if rank() == 0:
-            join_shards(out, meta)
+    if rank() == 0:
+        start_folder(out, meta, args.resume)
+    barrier()
+    if json.loads((out / "meta.json").read_text())["complete"]:
+        return
+    write_shards(vae, images, labels, out, meta)
+    barrier()
+    if rank() == 0:
+        join_shards(out, meta)
 
 
 if __name__ == "__main__":

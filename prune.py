@@ -258,7 +258,7 @@ def search(net, objective, batches, masks, args):
     nothing of it) would add noise to the comparison of the masks."""
     torch.manual_seed(make_seed(args.seed, 2))  # LoRA's A
     delta = add_delta_w(net, args.delta_w)
-    prepare(net, args)
+    cast_frozen(net, args.dtype)
     layers = [MaskedLayer(block) for block in net.layers()]
     net.replace_layers(layers)  # from now on net(x, ...) is the masked network
     average = copy.deepcopy(masks).requires_grad_(False)  # the moving average of the logits, which decides
@@ -626,19 +626,19 @@ def make_parser():
     description = __doc__.split("\n\nRead top")[0]
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument_group("what to cut, and how to choose").add_argument
-    add("--model", metavar="NAME", help=f"one of {', '.join(MODELS)} (default: dit-tiny, or what --ckpt holds)")
-    add("--ckpt", metavar="FILE", help="its weights, instead of the official ones; or a student, to prune again")
+    add("--model", help=f"one of {', '.join(MODELS)} (default: dit-tiny, or what --ckpt holds)")
+    add("--ckpt", help="its weights, instead of the official ones; or a student, to prune again")
     add("--scheme", default="1:2", help="keep N of each M neighbouring layers; or a list, 3:4,2:4,... with one entry "
         "for each group (default: %(default)s)")
     add("--granularity", choices=["block", "sublayer"], default="block", help="what a layer is: a whole block, or its "
         "attention and its MLP each, twice as many (default: %(default)s)")
     add("--criterion", choices=CRITERIA, default="learned", help="how to choose (default: %(default)s)")
-    add("--layers", type=layer_list, metavar="I,J,...", help="criterion indices: the layers to keep, from 0")
-    add("--candidates", type=int, default=1000, metavar="N", help="criterion lowest-loss: all cuts if they are so few, "
+    add("--layers", type=layer_list, help="criterion indices: the layers to keep, from 0")
+    add("--candidates", type=int, default=1000, help="criterion lowest-loss: all cuts if they are so few, "
         "else so many random ones (default: %(default)s)")
     add("--delta-w", choices=["lora", "full", "frozen"], default="lora", help="criterion learned: what is trained with "
         "the masks (default: %(default)s)")
-    add("--out", default="out/prune", metavar="DIR", help="default: %(default)s")
+    add("--out", default="out/prune", help="default: %(default)s")
     add_training_arguments(parser)
     return parser
 
@@ -680,6 +680,8 @@ def main(argv=None, parser=None):
         # The DiT release's scripts look for `ema`. torch stores the same tensors once.
         weights = shallow.state_dict()
         config["calibration_loss"] = loss
+        if batches:
+            config |= latents.facts()
         save_checkpoint(args.out / "shallow.pt", model=weights, ema=weights, config=config, step=0)
         draw_decision(args.out)
     size = sum(p.numel() for p in shallow.parameters()) / 1e6
@@ -706,25 +708,24 @@ def oracle_scheme(scheme, depths):
 def add_training_arguments(parser):
     """The flags that prune.py and distill.py share."""
     add = parser.add_argument_group("training").add_argument
-    add("--latents", default="out/latents", metavar="DIR", help="written by extract_latents.py (default: %(default)s)")
-    add("--batch-size", type=int, metavar="N", help="global batch, shared out over ranks (default: the recipe's)")
-    add("--steps", type=int, metavar="N", help="optimiser steps of the whole run (default: the recipe's)")
-    add("--seed", type=int, default=0, metavar="N", help="of everything drawn (default: %(default)s)")
+    add("--latents", default="out/latents", help="written by extract_latents.py (default: %(default)s)")
+    add("--batch-size", type=int, help="global batch, shared out over ranks (default: the recipe's)")
+    add("--steps", type=int, help="optimiser steps of the whole run (default: the recipe's)")
+    add("--seed", type=int, default=0, help="of everything drawn (default: %(default)s)")
     add("--resume", choices=["auto", "never"], default="auto", help="auto goes on from the newest step-*.pt of --out, "
         "if there is one; never starts anew (default: %(default)s)")
-    add("--save-every", type=int, metavar="STEPS", help="between step-*.pt checkpoints (default: the recipe's)")
-    add("--log-every", type=int, default=20, metavar="STEPS", help="between log lines (default: %(default)s)")
+    add("--save-every", type=int, help="between step-*.pt checkpoints (default: the recipe's)")
+    add("--log-every", type=int, default=20, help="between log lines (default: %(default)s)")
     add = parser.add_argument_group("machine").add_argument
     add("--device", default="auto", help="cpu, cuda, cuda:1; auto takes a GPU if there is one")
     add("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="of the forward pass; auto: bfloat16 "
         "where the hardware has it")
-    add("--accumulate", type=int, default=1, metavar="N", help="split each rank's batch in N, to save memory "
+    add("--accumulate", type=int, default=1, help="split each rank's batch in N, to save memory "
         "(default: %(default)s)")
-    add("--compile", action="store_true", help="torch.compile every block; CUDA only")
 
 
 # Flags that a resumed run may change. All others are stored in its checkpoints and compared.
-FREE = ("out", "latents", "resume", "save_every", "log_every", "device", "dtype", "accumulate", "compile")
+FREE = ("out", "latents", "resume", "save_every", "log_every", "device", "dtype", "accumulate")
 
 
 def start_run(args):
@@ -732,8 +733,6 @@ def start_run(args):
     args.device = start_ranks(args.device)
     args.dtype = choose_dtype(args.dtype, args.device)
     args.out = Path(args.out)
-    if args.compile and args.device.type == "cpu":
-        raise UserError("--compile is for CUDA: on the CPU, torch 2.13 compiles wrong gradients here; leave it out")
     if rank() == 0:
         args.out.mkdir(parents=True, exist_ok=True)
         for left_by_a_kill in args.out.glob(".*.tmp"):
@@ -751,14 +750,6 @@ def fill_recipe(args, recipe, images):
             setattr(args, key, value)
     if args.steps is None:
         args.steps = max(1, round(recipe["epochs"] * images / args.batch_size))
-
-
-def prepare(net, args):
-    """Makes a network fast: what is not trained is in --dtype; blocks are compiled if --compile is given."""
-    cast_frozen(net, args.dtype)
-    if args.compile:
-        for block in net.layers():
-            block.compile()
 
 
 def checkpoints(out):

@@ -382,10 +382,10 @@ def parse_arguments(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--model", help="a model with weights of its own, like dit-xl; or what --ckpt holds, where it does not say")
-    add("--ckpt", help=f"a checkpoint, file or URL (default without --model: {STUDENT})")
+    add("--ckpt", help=f"a checkpoint (default without --model: {STUDENT})")
     add("--weights", choices=["ema", "model"], default="ema", help="averaged or raw, if it has both (default: ema)")
     add("--num-images", type=int, default=1000, help="FID-50K needs 50000 (default: 1000)")
-    add("--classes", type=int, nargs="+", help="only these, in turn (default: all)")
+    add("--classes", nargs="+", help="only these, numbers or names, in turn (default: all that it was trained on)")
     add("--seed", type=int, default=0)
     # Of these five, the defaults are the model's own settings.
     add("--sampler", choices=SAMPLERS)
@@ -395,12 +395,11 @@ def parse_arguments(argv):
     add("--token-steps", type=step_count, help="mar: diffusion steps per token, also ddim25")
     add("--out", type=Path, default=Path("out/sample"), help="a folder (default: out/sample)")
     add("--vae", choices=VAES, help="the decoder (default: the model's own)")
-    add("--vae-ckpt", help="its weights, file or URL (default: the table's)")
+    add("--vae-ckpt", help="its weights (default: the table's)")
     add("--export", type=Path, help="write the weights to this .safetensors or .pt file, in --dtype, and stop")
     add("--batch-size", type=int, default=256, help="images at a time per rank (default: 256)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:N (default: auto)")
     add("--dtype", choices=["float32", "bfloat16", "float16", "auto"], default="float32", help="default: float32")
-    add("--compile", action="store_true", help="compile the network first; mar is not, its rounds differ in shape")
     return parser.parse_args(argv)
 
 
@@ -420,6 +419,20 @@ def settings_of(args, name):
     return settings
 
 
+def choose_classes(words, config, net):
+    """The numbers of the classes to draw. A student's config names those that it was trained on."""
+    names = config.get("classes") or {i: str(i) for i in range(net.classes)}
+    if not words:
+        return list(names)
+    numbers = {str(i): i for i in range(net.classes)}
+    numbers |= {name: i for i, name in names.items()}
+    for word in words:
+        if word not in numbers:
+            known = ", ".join(names.values())
+            raise UserError(f"--classes {word}: there are the numbers 0 to {net.classes - 1} and the names {known}")
+    return [numbers[word] for word in words]
+
+
 def main(argv=None):
     """Load, sample this rank's share of the images, and on rank 0 join the shares."""
     args = parse_arguments(argv)
@@ -433,16 +446,12 @@ def main(argv=None):
             export(args.export, net, config, dtype)
         return
     settings = settings_of(args, net.name)
-    classes = args.classes or range(net.classes)
-    if not set(classes) <= set(range(net.classes)):
-        raise UserError(f"--classes: {net.name} has classes 0 to {net.classes - 1}; give some of them")
+    classes = choose_classes(args.classes, config, net)
     vae = load_vae(args.vae or MODELS[net.name]["vae"], args.vae_ckpt, device, dtype)
+    vae.scale = config.get("scale", vae.scale)  # that of the latents it was trained on
 
     torch.backends.cuda.matmul.allow_tf32 = True  # as the DiT release samples
     cast_frozen(net.requires_grad_(False), dtype)
-    if args.compile:
-        torch._inductor.config.freezing = True  # the weights are constants
-        net = torch.compile(net, dynamic=False)
 
     # This rank's share goes to a file of its own: machines that write into one file can lose parts of it.
     started = time.time()
