@@ -28,7 +28,7 @@ from model import (
     MODELS, Progress, UserError, autocast, build_model, cast_frozen, load_model, make_seed, rank, read_state, run_main,
     save_checkpoint)
 from prune import (
-    adamw, add_training_arguments, check_family, clip_and_step, ema_update, fill_recipe, join_layers, log, resume,
+    adamw, add_training_arguments, check_family, clip_and_step, ema_update, fill_recipe, log, resume,
     save, say, split_layers, start_run, sum_gradients_over_ranks)
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -264,9 +264,6 @@ def main(argv=None, parser=None):
     average = copy.deepcopy(net).eval()  # before HiddenStates hooks into the network
     recover(net.train(), average, teacher, net.objective(), batches, pairs, args, config)
     if rank() == 0:
-        if sublayers:  # under the official keys again
-            join_layers(net)
-            join_layers(average)
         config["depth"] = net.depths()
         weights = dict(model=net.state_dict(), ema=average.state_dict())
         save_checkpoint(args.out / "student.pt", **weights, config=config, step=args.steps)

@@ -40,7 +40,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from extract_latents import Batches, Latents, check_fit
 from model import (
-    HALVES, MODELS, Progress, RowGenerator, UserError, autocast, barrier, cast_frozen, choose_dtype, load_model,
+    MODELS, Progress, RowGenerator, UserError, autocast, barrier, cast_frozen, choose_dtype, load_model,
     make_seed, network_of, rank, read_torch, remove_half, run_main, save_checkpoint, start_ranks, world_size)
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -532,8 +532,6 @@ def prune_layers(args, scheme, kept):
     if args.granularity == "sublayer":
         split_layers(net)
     net.keep_layers(kept)
-    if args.granularity == "sublayer":
-        join_layers(net)
     config = dict(
         name=old["name"], depth=net.depths(), kept=kept, layers=net.kept, scheme=[list(group) for group in scheme],
         granularity=args.granularity, parent=args.ckpt or old["name"], criterion=args.criterion)
@@ -541,7 +539,8 @@ def prune_layers(args, scheme, kept):
 
 
 def split_layers(net):
-    """From now on the network's layers are halves of blocks: an attention, then its MLP. The output stays the same."""
+    """From now on the network's layers are halves of blocks: an attention, then its MLP. The output stays the same.
+    They stay halves in files, too: `network_of` (model.py) sees from the weights what a block has."""
     for name in net.block_lists:
         layers = []
         for block in getattr(net, name):
@@ -554,31 +553,6 @@ def split_layers(net):
                 layers += [attention, block]
         setattr(net, name, nn.ModuleList(layers))
     net.kept = None  # halves have another numbering
-
-
-def join_layers(net):
-    """An attention with an MLP right behind it becomes a block again, under the official keys."""
-    net.kept = None
-    for name in net.block_lists:
-        layers = []
-        for block in getattr(net, name):
-            if block.attn is None and layers and layers[-1].mlp is None:
-                add_mlp(layers[-1], block)
-            else:
-                layers.append(block)
-        setattr(net, name, nn.ModuleList(layers))
-
-
-def add_mlp(block, other):
-    """Puts the MLP of the half block `other` into the half block `block`, an attention."""
-    for name in ("mlp", HALVES["mlp"]):
-        setattr(block, name, getattr(other, name))
-    if hasattr(block, "adaLN_modulation"):
-        linear = block.adaLN_modulation[1]
-        modulation_of_mlp = other.adaLN_modulation[1]
-        linear.weight = nn.Parameter(torch.cat([linear.weight.data, modulation_of_mlp.weight.data]))
-        linear.bias = nn.Parameter(torch.cat([linear.bias.data, modulation_of_mlp.bias.data]))
-        linear.out_features = len(linear.bias)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -106,7 +106,7 @@ def write_pipeline(folder, net, config):
         _class_name="DiTPipeline",
         transformer=["diffusers", "DiTTransformer2DModel"],
         scheduler=["diffusers", "DDIMScheduler"],
-        id2label=dict(enumerate(config.get("classes", []))),  # names for pipe.get_label_ids
+        id2label=config.get("classes", {}),  # names for pipe.get_label_ids
     )
 
 
