@@ -39,7 +39,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 
 from model import (ROOT, Progress, RowGenerator, UserError, atomic_write, autocast, barrier, choose_dtype, fetch,
-                   load_state, locate, make_seed, on_rank_0, rank, read_state, reading, run_main, save_checkpoint,
+                   load_state, make_seed, on_rank_0, rank, read_state, reading, run_main, save_checkpoint,
                    start_ranks, world_size)
 
 DIGITS = ROOT / "data" / "mnist_train10k.npz"
@@ -224,9 +224,9 @@ class AutoencoderKL(nn.Module):
 
 
 def load_vae(name="digits", ckpt=None, device="cpu", dtype=torch.float32):
-    """A frozen VAE with the weights of `ckpt` (path or URL, official or train_vae.py's), else of the table."""
+    """A frozen VAE with the weights of the file `ckpt` (official or train_vae.py's), else of the table."""
     entry = VAES[name]
-    path = locate(ckpt) if ckpt else fetch(*entry["weights"])
+    path = ckpt or fetch(*entry["weights"])
     state, config = read_state(path)
     config = dict(entry, name=name) | config  # only our own files (reproduce/train_vae.py) have one
     if config["name"] != name or config["scale"] is None:
@@ -616,7 +616,7 @@ def main(argv=None):
     add("--out", default="out/latents", help="(default: %(default)s)")
     add("--resume", default="auto", choices=["auto", "never"], help="continue or start anew (default: %(default)s)")
     add("--vae", default="digits", choices=VAES, help="(default: %(default)s)")
-    add("--ckpt", help="path or URL of the VAE's weights (default: the bundled or official ones)")
+    add("--ckpt", help="a file of weights of the VAE (default: the bundled or official ones)")
     add("--image-size", type=int, help="pixels per side (default: 256, digits 32)")
     add("--flip", action=argparse.BooleanOptionalAction, help="mirror images, too (default: yes, digits no)")
     add("--dtype", default="float32", choices=["auto", "float32", "bfloat16"],
