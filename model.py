@@ -1041,16 +1041,15 @@ def fetch(file, url):
 
 
 def download(url, path):
-    def write(temporary):
-        torch.hub.download_url_to_file(url, str(temporary), progress=rank() == 0)
-        if temporary.stat().st_size != length:
-            raise OSError(f"the connection broke after {temporary.stat().st_size} of {length} bytes")
+    """The file appears when it is complete. A connection that breaks is an error."""
+    def show(blocks, block_size, total):
+        progress.total = total
+        progress.update(blocks * block_size)
 
+    progress = Progress(f"download {path.name}", 1, "bytes")
     try:
-        with urllib.request.urlopen(url, timeout=30) as response:  # torch.hub does not notice a broken connection
-            length = int(response.headers["Content-Length"])
-        atomic_write(path, write)
-    except Exception as e:
+        atomic_write(path, lambda temporary: urllib.request.urlretrieve(url, temporary, show))
+    except OSError as e:
         raise UserError(f"cannot download {url} ({e}); try again, or fetch it by other means to {path}") from e
 
 
