@@ -420,16 +420,15 @@ def settings_of(args, name):
 
 
 def choose_classes(words, config, net):
-    """The numbers of the classes to draw. A student's config names those that it was trained on."""
-    names = config.get("classes") or {i: str(i) for i in range(net.classes)}
+    """The classes to draw, as numbers, from numbers or names; by default all that the network was trained on."""
+    names = config.get("classes", {})  # of those classes; the keys are numbers, in a .safetensors file as strings
     if not words:
-        return list(names)
+        return [int(i) for i in names or range(net.classes)]
     numbers = {str(i): i for i in range(net.classes)}
-    numbers |= {name: i for i, name in names.items()}
+    numbers |= {name: int(i) for i, name in names.items()}
     for word in words:
         if word not in numbers:
-            known = ", ".join(names.values())
-            raise UserError(f"--classes {word}: there are the numbers 0 to {net.classes - 1} and the names {known}")
+            raise UserError(f"--classes {word}: give numbers up to {net.classes - 1}, or names: {[*names.values()]}")
     return [numbers[word] for word in words]
 
 
