@@ -426,14 +426,16 @@ def load_pixels(images, labels, size, channels):
 
 def prefetch(function, items, ahead):
     """function(item) of each item, in order; threads compute the next `ahead` of them meanwhile."""
+    # Nobody waits for the threads to end: a generator that is dropped half-way may be cleared away by any thread, also
+    # by one of these, which would wait for itself.
+    threads = ThreadPoolExecutor(ahead)
     waiting = []
-    with ThreadPoolExecutor(ahead) as threads:
-        for item in items:
-            waiting.append(threads.submit(function, item))
-            if len(waiting) > ahead:
-                yield waiting.pop(0).result()
-        for future in waiting:
-            yield future.result()
+    for item in items:
+        waiting.append(threads.submit(function, item))
+        if len(waiting) > ahead:
+            yield waiting.pop(0).result()
+    for future in waiting:
+        yield future.result()
 
 
 # ---------------------------------------------------------------------------------------------------------------
