@@ -8,11 +8,11 @@ The loss is eq. 8 of the paper, L = a_KD L_KD + a_Diff L_Diff + b L_Rep:
 
     L_Diff   the family's own training loss                            (model.py: objective.loss)
     L_KD     the student's output should be the teacher's              (model.py: objective.kd)
-    L_Rep    its hidden states too, except for massive activations     (here: representation_loss)
+    L_Rep    its hidden states too, except for massive activations     (here: masked_mse)
 
 Modes (table 5): masked-kd has all three; rep-kd has L_Rep without the mask; logits-kd leaves L_Rep out; finetune has
 L_Diff alone; scratch too, from fresh weights. Teacher and student get the same batch: the same noise, times and
-dropped labels. Writes to --out: student.pt (raw and averaged weights), log.jsonl, loss.png, step-*.pt to resume from.
+dropped labels. Writes to --out: student.pt (raw and averaged weights), log.jsonl, step-*.pt to resume from.
 
 Read top to bottom: which layers are matched, the masked loss, the recovery with its whole loop (`recover`).
 """
@@ -25,17 +25,17 @@ import torch
 
 from extract_latents import Batches, Latents, check_fit
 from model import (
-    MODELS, Progress, UserError, autocast, build_model, load_model, locate, make_seed, rank, read_state, run_main,
+    MODELS, Progress, UserError, autocast, build_model, load_model, make_seed, rank, read_state, run_main,
     save_checkpoint)
 from prune import (
-    adamw, add_training_arguments, clip_and_step, draw_losses, ema_update, fill_recipe, join_layers, log, prepare,
-    resume, save, say, split_layers, start_run, sum_gradients_over_ranks)
+    adamw, add_training_arguments, clip_and_step, ema_update, fill_recipe, join_layers, log, prepare, resume, save,
+    say, split_layers, start_run, sum_gradients_over_ranks)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Hidden states: which layers are matched, and the masked loss between them.
 
 
-def matched_layers(scheme, student: list, teacher: list) -> list:
+def matched_layers(scheme, student, teacher):
     """Pairs (student layer, teacher layer) whose hidden states are compared, as in the release.
 
     scheme: the N:M groups by which the student was cut, or None; student, teacher: the layers in each list of blocks.
@@ -47,13 +47,13 @@ def matched_layers(scheme, student: list, teacher: list) -> list:
     depth = sum(m for _, m in scheme)
     known = kept == sum(student) and depth == sum(teacher)
     if not known:
-        scheme = list(zip(student, teacher))
+        scheme = list(zip(student, teacher))  # each list of blocks as one group
     uniform = len(set(scheme)) == 1
     pairs = []
     i, k = 0, 0  # the first student layer and the first teacher layer of the group
     for n, m in scheme:
         for j in range(1, n + 1):
-            place = j * m / n  # where the j-th of n layers ends, among m
+            place = j * m / n  # the j-th of n layers ends where the teacher has run so many of m
             if not known:
                 pairs.append((i + j - 1, k + max(1, round(place)) - 1))
             elif j == n or (uniform and place.is_integer()):
@@ -66,41 +66,46 @@ def matched_layers(scheme, student: list, teacher: list) -> list:
 class HiddenStates:
     """Keeps the output (B, T, D) of chosen layers at each forward pass of `net`."""
 
-    def __init__(self, net, layers: list):
-        self.states = {}
-        self.layers = layers
+    def __init__(self, net, layers):
+        self.states = {}  # block -> output
         blocks = net.layers()
-        for i in layers:
-            blocks[i].register_forward_hook(self.keep)
         self.blocks = [blocks[i] for i in layers]
+        for block in self.blocks:
+            block.register_forward_hook(self.keep)
 
     def keep(self, block, inputs, output):
         self.states[block] = output
 
-    def take(self) -> list:
+    def take(self):
         """The latest outputs, which are then forgotten here: nothing outlives its step."""
         return [self.states.pop(block) for block in self.blocks]
 
 
-def suppress_massive(h, k: float = 2.0):
+def suppress_massive(h, k=2.0):
     """Zeroes the elements of h (B, T, D) that lie k or more standard deviations from their sample's mean.
 
     A few activations of a transformer are 15 to 40 standard deviations large (the paper's figure 8): they alone would
     make the loss."""
     h = h.float()
-    with torch.no_grad():
-        variance, mean = torch.var_mean(h, dim=(1, 2), keepdim=True)
+    with torch.no_grad():  # which elements count is not learned
+        variance, mean = torch.var_mean(h, dim=(1, 2), keepdim=True)  # (B, 1, 1)
         small = (h - mean).abs_() < k * variance.sqrt()
     return torch.where(small, h, 0.0)
 
 
-def representation_loss(student: list, teacher: list, k: float = 2.0):
-    """L_Rep: lists of hidden states (B, T, D) -> (B,). Each side masks its own activations; k = inf: no mask."""
-    losses = []
-    for s, t in zip(student, teacher):
-        difference = suppress_massive(s, k) - suppress_massive(t, k)
-        losses.append(difference.square().flatten(1).mean(1))
-    return torch.stack(losses).mean(0)
+def masked_mse(student, teacher, args):
+    """Hidden states (B, T, D) of two matched layers -> (B,). Each side masks its own activations."""
+    sigma = args.mask_sigma
+    return plain_mse(suppress_massive(student, sigma), suppress_massive(teacher, sigma), args)
+
+
+def plain_mse(student, teacher, args):
+    difference = student.float() - teacher.float()
+    return difference.square().flatten(1).mean(1)  # over all elements, the zeroed ones too
+
+
+# A loss on hidden states of your own is a function and a line here; its name becomes a --mode.
+HIDDEN_LOSSES = {"masked-kd": masked_mse, "rep-kd": plain_mse}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -110,7 +115,7 @@ ALPHA_KD = 0.9  # table 6
 ALPHA_DIFF = 1 - ALPHA_KD
 
 
-def recover(net, average, teacher, objective, batches, pairs: list, args, config: dict):
+def recover(net, average, teacher, objective, batches, pairs, args, config):
     """Trains net in place, and `average`, the moving average of its weights (EMA), with the loss of eq. 8.
 
     teacher None: fine-tuning. pairs: of matched layers; none: no L_Rep. config is stored in the checkpoints."""
@@ -123,12 +128,13 @@ def recover(net, average, teacher, objective, batches, pairs: list, args, config
     if pairs:
         of_student = HiddenStates(net, [s for s, _ in pairs])
         of_teacher = HiddenStates(teacher, [t for _, t in pairs])
-    sigma = args.mask_sigma if args.mode == "masked-kd" else math.inf
+        hidden_loss = HIDDEN_LOSSES[args.mode]
     progress = Progress("distill", args.steps, "steps", step)
     sums = collections.defaultdict(float)  # of what is logged, since the last log line
 
     while step < args.steps:
-        optimizer.param_groups[0]["lr"] = args.lr * lr_factor(step, args.steps, args.warmup, args.lr_end)
+        lr = args.lr * lr_factor(step, args.steps, args.warmup, args.lr_end)
+        optimizer.param_groups[0]["lr"] = lr
         beta = args.beta * (1 - step / args.steps)  # b falls to 0
         for part in range(args.accumulate):
             x, y, rng = batches(step, part)  # this rank's rows of the global batch
@@ -144,27 +150,29 @@ def recover(net, average, teacher, objective, batches, pairs: list, args, config
                     losses["kd"] = objective.kd(out, out_teacher, batch)
                     loss = ALPHA_KD * losses["kd"] + ALPHA_DIFF * losses["diffusion"]
                 if pairs:
-                    losses["rep"] = representation_loss(of_student.take(), of_teacher.take(), sigma)
+                    of_pairs = zip(of_student.take(), of_teacher.take())
+                    of_pairs = [hidden_loss(s, t, args) for s, t in of_pairs]
+                    losses["rep"] = torch.stack(of_pairs).mean(0)
                     loss = loss + beta * losses["rep"]
             loss = loss.sum() / args.batch_size
             loss.backward()  # each gradient is summed over ranks as soon as it is there
             sums["loss"] += loss.detach()
-            for name, value in losses.items():
+            for name, value in losses.items():  # logged apart
                 sums[name] += value.detach().sum() / args.batch_size
         wait_for_gradients()
         clip_and_step(optimizer, parameters, sums)
         ema_update(average, net, args.ema, step)
         step += 1
         if step % args.log_every == 0 or step == args.steps:
-            log(args, step, sums, progress, lr=optimizer.param_groups[0]["lr"])
+            log(args, step, sums, progress, lr=lr)
         if step % args.save_every == 0 or step == args.steps:
             save(args, step, state, config=config)
 
 
-def lr_factor(step: int, steps: int, warmup: int, end: float) -> float:
+def lr_factor(step, steps, warmup, end):
     """Factor of the learning rate: from 1 to `end` on a cosine, after a linear warm-up."""
     rise = min(1.0, (step + 1) / max(warmup, 1))
-    cosine = 0.5 * (1 + math.cos(math.pi * step / steps))
+    cosine = 0.5 * (1 + math.cos(math.pi * step / steps))  # from 1 to 0
     return rise * (end + (1 - end) * cosine)
 
 
@@ -172,14 +180,14 @@ def lr_factor(step: int, steps: int, warmup: int, end: float) -> float:
 # The command line.
 
 
-def parse_arguments(argv=None):
-    """The command line. What is None follows the model's recipe (model.py)."""
+def make_parser():
+    """The flags. What is None follows the model's recipe (model.py)."""
     description = __doc__.split("\n\nRead top")[0]
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument_group("who learns from whom").add_argument
-    add("--mode", choices=["masked-kd", "rep-kd", "logits-kd", "finetune", "scratch"], default="masked-kd",
+    add("--mode", choices=[*HIDDEN_LOSSES, "logits-kd", "finetune", "scratch"], default="masked-kd",
         help="what the student learns from (default: %(default)s)")
-    add("--student", default="out/prune/shallow.pt", metavar="FILE|URL", help="a cut network of prune.py, or any "
+    add("--student", default="out/prune/shallow.pt", metavar="FILE", help="a cut network of prune.py, or any "
         "weights (default: %(default)s); unused in mode scratch")
     add("--model", metavar="NAME", help="what --student holds, if the file does not say; in mode scratch, which "
         "network (default there: dit-tiny)")
@@ -195,7 +203,7 @@ def parse_arguments(argv=None):
     add("--beta", type=float, help="weight of L_Rep at the start, falling to 0 (1e-2, SiT 2e-4)")
     add("--ema", type=float, metavar="DECAY", help="of the averaged weights (ImageNet 0.9999, digits 0.999)")
     add_training_arguments(parser)
-    return parser.parse_args(argv)
+    return parser
 
 
 def load_student(args):
@@ -208,7 +216,7 @@ def load_student(args):
     return net, dict(name=name, depth=net.depths())
 
 
-def load_teacher(args, net, config: dict):
+def load_teacher(args, net, config):
     """The frozen teacher, or None in the modes that have none."""
     if args.mode in ("finetune", "scratch"):
         return None
@@ -218,7 +226,7 @@ def load_teacher(args, net, config: dict):
     if source in MODELS:
         teacher, _ = load_model(source, device=args.device)
     else:  # a file of ours names its model; an official one holds the student's, at any depth
-        _, named = read_state(locate(source))
+        _, named = read_state(source)
         teacher, _ = load_model(named.get("name", config["name"]), source, args.device)
     for what in ("channels", "classes", "input_size"):
         if getattr(teacher, what) != getattr(net, what):
@@ -227,9 +235,10 @@ def load_teacher(args, net, config: dict):
     return teacher.requires_grad_(False)
 
 
-def main(argv=None):
-    """Load student and teacher, train, write student.pt and loss.png."""
-    args = parse_arguments(argv)
+def main(argv=None, parser=None):
+    """Load student and teacher, train, write student.pt. parser: make_parser() with flags of your own."""
+    parser = parser or make_parser()
+    args = parser.parse_args(argv)
     start_run(args)
     net, config = load_student(args)
     latents = Latents(args.latents)
@@ -243,7 +252,7 @@ def main(argv=None):
     if sublayers and teacher:
         split_layers(teacher)
     pairs = []
-    if args.mode in ("masked-kd", "rep-kd"):
+    if args.mode in HIDDEN_LOSSES:
         pairs = matched_layers(config.get("scheme"), net.depths(), teacher.depths())
     if teacher:
         prepare(teacher, args)
@@ -252,17 +261,16 @@ def main(argv=None):
         f"{args.batch_size}, on {args.device} in {args.dtype}")
 
     config = config | dict(mode=args.mode)
-    average = copy.deepcopy(net).eval()
+    average = copy.deepcopy(net).eval()  # before HiddenStates hooks into the network
     recover(net.train(), average, teacher, net.objective(), batches, pairs, args, config)
     if rank() == 0:
-        if sublayers:
+        if sublayers:  # under the official keys again
             join_layers(net)
             join_layers(average)
         config["depth"] = net.depths()
         weights = dict(model=net.state_dict(), ema=average.state_dict())
         save_checkpoint(args.out / "student.pt", **weights, config=config, step=args.steps)
-        draw_losses(args.out)
-    say(f"wrote {args.out}/student.pt and loss.png")
+    say(f"wrote {args.out}/student.pt")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ with one logit each; every sample of the batch draws a candidate by Gumbel-softm
 cheap dW (LoRA) stands for the fine-tuning to come. In the end each group keeps its likeliest candidate, dW is thrown
 away, and the kept layers leave with their original weights.
 
-Writes to --out: shallow.pt, decision.png (the search over time), loss.png, log.jsonl, and step-*.pt to resume from.
+Writes to --out: shallow.pt, decision.png (the search over time), log.jsonl, and step-*.pt to resume from.
 
 Read top to bottom; the search with its whole loop is `search`. A new pruning idea is one function and one line in
 CRITERIA. At first, skip what follows `main`: what distill.py uses too.
@@ -27,6 +27,7 @@ import copy
 import itertools
 import json
 import math
+import re
 import time
 from pathlib import Path
 
@@ -46,27 +47,26 @@ from model import (
 # Groups and their candidate masks.
 
 
-def parse_scheme(text: str, depths: list) -> list:
+def parse_scheme(text, depths):
     """ "2:4", or a list "3:4,3:4,2:4", -> [(N, M), ...], one entry for each group of M neighbours. M is the same for
     all groups, and a group lies in one list of layers. depths: the number of layers in each list."""
     scheme = []
     for group in text.split(","):
-        n, _, m = group.partition(":")
-        if not (n.isdecimal() and m.isdecimal() and 1 <= int(n) <= int(m)):
-            raise UserError(f"--scheme {text!r} is not N:M with 1 <= N <= M, or a list like 3:4,2:4; give one like 1:2")
-        scheme.append((int(n), int(m)))
-    size = scheme[0][1]
-    count = sum(depths) // size
-    if len(scheme) == 1:
-        scheme = scheme * count
-    fits = all(depth % size == 0 for depth in depths)
-    if not fits or len(scheme) != count or any(m != size for _, m in scheme):
+        if not re.fullmatch("[0-9]+:[1-9][0-9]*", group):
+            raise UserError(f"--scheme {text!r} is not N:M, like 1:2, or a list of such groups, like 3:4,2:4")
+        n, m = map(int, group.split(":"))
+        scheme.append((n, m))
+    if len(scheme) == 1:  # 1:2 is short for 1:2,1:2,...
+        scheme = scheme * (sum(depths) // m)
+    sizes_fit = all(size == m and 1 <= n <= m for n, size in scheme)
+    if not sizes_fit or any(depth % m for depth in depths) or m * len(scheme) != sum(depths):
         layers = " + ".join(map(str, depths))
-        raise UserError(f"--scheme {text}: groups of one size M must fill {layers} layers exactly; change it")
+        raise UserError(f"--scheme {text} must keep 1 to M layers of each M, and fill {layers} layers with groups of "
+                        "one size M; change it")
     return scheme
 
 
-def groups_of(scheme: list):
+def groups_of(scheme):
     """The first layer, N and M of each group."""
     first = 0
     for n, m in scheme:
@@ -74,13 +74,14 @@ def groups_of(scheme: list):
         first += m
 
 
-def candidate_masks(n: int, m: int) -> torch.Tensor:
+def candidate_masks(n, m):
     """All ways to keep n of m layers, lexicographic by kept layers: (C(m, n), m) of 0 and 1."""
-    count = math.comb(m, n)
+    count = math.comb(m, n)  # 6 for 2:4, and 3,432 for 7:14
     if count > 100_000:
         raise UserError(f"a {n}:{m} group has {count:,} candidate masks; divide the network into smaller groups")
     kept = torch.tensor(list(itertools.combinations(range(m), n)))  # (C(m, n), n)
-    return torch.zeros(count, m).scatter(1, kept, 1.0)
+    masks = torch.zeros(count, m)
+    return masks.scatter(1, kept, 1.0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -89,7 +90,7 @@ def candidate_masks(n: int, m: int) -> torch.Tensor:
 LOGIT_SCALE = 100.0  # makes a learning rate of 1e-3 move the logits from exploring to a decision within an epoch
 
 
-def draw_masks(logits, candidates, gumbel, tau: float, scaling: float = LOGIT_SCALE):
+def draw_masks(logits, candidates, gumbel, tau, scaling=LOGIT_SCALE):
     """One candidate for each sample (eq. 4 and 5): logits (..., K), candidates (..., K, M), Gumbel noise (..., B, K)
     -> masks (..., B, M), choice (..., B); the leading dimensions are groups.
 
@@ -98,7 +99,7 @@ def draw_masks(logits, candidates, gumbel, tau: float, scaling: float = LOGIT_SC
     plus noise, does not depend on tau. Exploring ends because the scaled logits grow apart."""
     scores = logits.unsqueeze(-2) * scaling + gumbel  # (..., B, K)
     soft = F.softmax(scores / tau, dim=-1)
-    choice = soft.argmax(dim=-1)
+    choice = soft.argmax(dim=-1)  # (..., B)
     hard = F.one_hot(choice, logits.shape[-1]).to(soft.dtype)
     straight_through = hard - soft.detach() + soft  # the value of hard, the gradient of soft
     return straight_through @ candidates, choice
@@ -107,11 +108,12 @@ def draw_masks(logits, candidates, gumbel, tau: float, scaling: float = LOGIT_SC
 class GroupMasks(nn.Module):
     """TinyFusion's distribution over masks: in each of the G groups, a logit for each of up to K candidates.
 
-    Another distribution that `search` can learn is another nn.Module with these three methods."""
+    Another distribution that `search` can learn is another nn.Module with these three methods, and penalty() if there
+    is something to add to the loss."""
 
-    def __init__(self, scheme: list, device="cpu"):
+    def __init__(self, scheme, device="cpu"):
         super().__init__()
-        of_groups = [candidate_masks(n, m) for n, m in scheme]
+        of_groups = [candidate_masks(n, m) for n, m in scheme]  # each (C(M, N), M)
         G = len(scheme)
         K = max(len(candidates) for candidates in of_groups)
         M = scheme[0][1]
@@ -123,25 +125,27 @@ class GroupMasks(nn.Module):
             padding[g, : len(own)] = 0.0
         self.register_buffer("candidates", candidates.to(device))
         self.register_buffer("padding", padding.to(device))
+        # Equal logits: at the start all candidates are equally likely.
         self.logits = nn.Parameter(torch.full((G, K), 0.02, device=device))
 
-    def sample(self, rng, tau: float):
+    def sample(self, rng, tau):
         """Masks (B, L) of 0 and 1, one for each row of the RowGenerator, with a gradient for the logits."""
         G, K = self.logits.shape
         gumbel = torch.stack([rng.gumbel(K) for _ in range(G)])  # (G, B, K)
         masks, _ = draw_masks(self.logits + self.padding, self.candidates, gumbel, tau)  # (G, B, M)
-        return masks.transpose(0, 1).flatten(1)
+        return masks.transpose(0, 1).flatten(1)  # the groups side by side: (B, L)
 
-    def decide(self) -> list:
+    def decide(self):
         """The layers to keep: the likeliest candidate of each group."""
-        best = (self.logits + self.padding).argmax(dim=1)  # (G,)
+        best = (self.logits + self.padding).argmax(dim=1)  # (G,) candidates
         groups = torch.arange(len(best), device=best.device)
         mask = self.candidates[groups, best].flatten()  # (L,)
         return mask.nonzero().flatten().tolist()
 
-    def keep_probability(self) -> list:
+    def keep_probability(self):
         """For each layer, the probability that it is kept."""
         probability = F.softmax(self.logits * LOGIT_SCALE + self.padding, dim=1)  # (G, K)
+        # A layer is kept by some of its group's candidates: the sum of their probabilities.
         return (probability[:, None] @ self.candidates).flatten().tolist()
 
 
@@ -158,7 +162,7 @@ class DenseMaskedLayer(nn.Module):
 
     def forward(self, x, *conditions):
         """x (B, T, D), conditions of B rows, as the block takes them -> (B, T, D)."""
-        m = self.mask.view(-1, 1, 1)
+        m = self.mask.view(-1, 1, 1)  # (B,) -> (B, 1, 1)
         return m * self.block(x, *conditions) + (1 - m) * x
 
 
@@ -170,25 +174,34 @@ class MaskedLayer(DenseMaskedLayer):
     quarter with LoRA."""
 
     def forward(self, x, *conditions):
-        out = torch.empty_like(x)
+        out = torch.empty_like(x)  # block(x), put together from two parts
+        # The samples that skip the layer. There may be none, and a block need not take an empty batch.
         if len(self.off):
             with torch.no_grad():
-                out[self.off] = self.block(*[v.index_select(0, self.off) for v in (x, *conditions)])
-        out[self.on] = self.block(*[v.index_select(0, self.on) for v in (x, *conditions)])
+                out[self.off] = self.block(*rows(self.off, x, *conditions))
+        # The samples that use it.
+        out[self.on] = self.block(*rows(self.on, x, *conditions))
         m = self.mask.view(-1, 1, 1)
         return m * out + (1 - m) * x
 
 
-def set_masks(layers: list, masks):
-    """Gives each of the L masked layers its masks (B,) of this batch. masks: (B, L)."""
+def rows(index, *values):
+    return [v.index_select(0, index) for v in values]
+
+
+def set_masks(layers, masks):
+    """Gives each of the L masked layers its masks (B,) of this batch, and the indices of the samples that use the layer
+    (on) and skip it (off). masks: (B, L), on the device of the network."""
     values = masks.detach().cpu()  # the host waits for the device here, once in a batch
     if (values - values.round()).abs().max() > 1e-3:
         raise ValueError("a MaskedLayer takes masks of 0 and 1; for others use DenseMaskedLayer")
     for i, layer in enumerate(layers):
         on = (values[:, i] > 0.5).nonzero().flatten()
         off = (values[:, i] < 0.5).nonzero().flatten()
-        if len(on) == 0:  # one sample takes part in autograd all the same; with m = 0 its gradient is zero:
-            on = off[:1]  # so all weights have a gradient on all ranks
+        if len(on) == 0:
+            # One sample takes part in autograd all the same. With m = 0 its gradient is zero, but it is there:
+            # ranks that sum their gradients must have gradients for the same weights.
+            on = off[:1]
             off = off[1:]
         layer.mask = masks[:, i]
         layer.on = on.to(masks.device, non_blocking=True)
@@ -202,9 +215,9 @@ def set_masks(layers: list, masks):
 class LoRALinear(nn.Module):
     """A frozen Linear plus alpha / r * B A x (eq. 7; Hu et al. 2022). B starts at zero, so dW does."""
 
-    def __init__(self, linear: nn.Linear, r: int, alpha: float):
+    def __init__(self, linear, r, alpha):
         super().__init__()
-        self.linear = linear
+        self.linear = linear  # W
         self.scale = alpha / r
         device = linear.weight.device
         self.lora_a = nn.Parameter(torch.empty(r, linear.in_features, device=device))
@@ -212,11 +225,11 @@ class LoRALinear(nn.Module):
         nn.init.kaiming_uniform_(self.lora_a, a=math.sqrt(5))
 
     def forward(self, x):
-        update = F.linear(F.linear(x, self.lora_a), self.lora_b)
+        update = F.linear(F.linear(x, self.lora_a), self.lora_b)  # from D_in to r to D_out
         return self.linear(x) + update * self.scale
 
 
-def add_delta_w(net, kind: str, r: int = 8) -> list:
+def add_delta_w(net, kind, r=8):
     """Makes dW trainable, all else frozen: "lora" on every Linear, "full" for all weights, "frozen" for none.
 
     -> its parameters."""
@@ -224,7 +237,7 @@ def add_delta_w(net, kind: str, r: int = 8) -> list:
     if kind == "lora":
         for module in list(net.modules()):
             for name, child in list(module.named_children()):
-                if isinstance(child, nn.Linear):
+                if isinstance(child, nn.Linear):  # of attention, MLP, modulation, embeddings and head
                     setattr(module, name, LoRALinear(child, r, alpha=2 * r))
     return [p for p in net.parameters() if p.requires_grad]
 
@@ -233,12 +246,12 @@ def add_delta_w(net, kind: str, r: int = 8) -> list:
 # The search.
 
 
-def learned(net, objective, batches, scheme, args) -> list:
+def learned(net, objective, batches, scheme, args):
     """TinyFusion's criterion."""
     return search(net, objective, batches, GroupMasks(scheme, args.device), args)
 
 
-def search(net, objective, batches, masks, args) -> list:
+def search(net, objective, batches, masks, args):
     """Learns the distribution `masks` (lr 1e-3) and dW (lr 1e-4) together, as in the release; -> the layers to keep.
 
     The loss is the family's own: no teacher takes part. The network stays in eval mode: MAR's dropout (the paper says
@@ -247,7 +260,7 @@ def search(net, objective, batches, masks, args) -> list:
     delta = add_delta_w(net, args.delta_w)
     prepare(net, args)
     layers = [MaskedLayer(block) for block in net.layers()]
-    net.replace_layers(layers)
+    net.replace_layers(layers)  # from now on net(x, ...) is the masked network
     average = copy.deepcopy(masks).requires_grad_(False)  # the moving average of the logits, which decides
 
     optimizer = adamw(dict(params=list(masks.parameters()), lr=1e-3), dict(params=delta, lr=1e-4))
@@ -267,10 +280,14 @@ def search(net, objective, batches, masks, args) -> list:
             with autocast(args.device, args.dtype):
                 out = objective.predict(net, batch)
                 loss = objective.loss(out, batch).sum() / args.batch_size
-            loss.backward()  # each gradient is summed over ranks as soon as it is there
             sums["loss"] += loss.detach()
+            if hasattr(masks, "penalty"):  # a share of it in each part and on each rank
+                penalty = masks.penalty() / (args.accumulate * world_size())
+                sums["penalty"] += penalty.detach()
+                loss = loss + penalty
+            loss.backward()  # each gradient is summed over ranks as soon as it is there
         wait_for_gradients()
-        clip_and_step(optimizer, parameters, sums)
+        clip_and_step(optimizer, parameters, sums)  # moves logits and dW together
         ema_update(average, masks, 0.999, step)
         step += 1
         if step % args.log_every == 0 or step == args.steps:
@@ -287,29 +304,30 @@ def search(net, objective, batches, masks, args) -> list:
 # The loss after a cut, and other papers' criteria: (net, objective, batches, scheme, args) -> the layers to keep.
 
 
-def calibration_batches(objective, batches) -> list:
+def calibration_batches(objective, batches):
     """This rank's share of 256 fixed samples, times and noises: the same for every cut, criterion and seed."""
     count = min(256, len(batches.latents))
+    # About 32 samples at a time, whatever the batch size of the training.
     parts = max(1, count // 32 // world_size())
     fixed = Batches(batches.latents, count, parts, seed=2025, device=batches.device)
     return [objective.make_batch(*fixed(0, part)) for part in range(parts)]
 
 
 @torch.no_grad()
-def calibration_loss(net, objective, fixed: list, dtype=torch.float32) -> float:
+def calibration_loss(net, objective, fixed, dtype=torch.float32):
     """The mean training loss over fixed batches; of a cut network, table 3's calibration loss."""
     losses = []
     for batch in fixed:
         with autocast(batch["t"].device, dtype):
             losses.append(objective.loss(objective.predict(net, batch), batch))
-    losses = torch.cat(losses).double()
+    losses = torch.cat(losses).double()  # one for each sample of this rank
     total = torch.stack([losses.sum(), losses.new_tensor(len(losses))])
     loss, count = sum_over_ranks(total).tolist()
     return loss / count
 
 
 @contextlib.contextmanager
-def keeping(net, kept: list):
+def keeping(net, kept):
     """In here the network has only these layers."""
     lists = {name: getattr(net, name) for name in net.block_lists}
     net.keep_layers(kept)
@@ -321,13 +339,14 @@ def keeping(net, kept: list):
 
 
 @torch.no_grad()
-def mean_scores(net, objective, batches, args, measure) -> list:
+def mean_scores(net, objective, batches, args, measure):
     """For every layer the mean of measure(input, output) (B,) over fixed batches; input and output are (B, T, D)."""
     layers = net.layers()
     sums = torch.zeros(len(layers), dtype=torch.float64, device=args.device)
 
     def add(layer, inputs, out):
-        sums[layers.index(layer)] += measure(inputs[0].float(), out.float()).sum()
+        hidden = inputs[0].float()
+        sums[layers.index(layer)] += measure(hidden, out.float()).sum()
 
     hooks = [layer.register_forward_hook(add) for layer in layers]
     calibration_loss(net, objective, calibration_batches(objective, batches), args.dtype)
@@ -336,7 +355,7 @@ def mean_scores(net, objective, batches, args, measure) -> list:
     return (sum_over_ranks(sums) / min(256, len(batches.latents))).tolist()
 
 
-def keep_best(scores: list, scheme: list, args) -> list:
+def keep_best(scores, scheme, args):
     """The N layers of each group that score highest. A score that is not a number counts as the highest: without that
     layer the loss is not even a number."""
     say("scores " + " ".join(f"{i}({score:.4g})" for i, score in enumerate(scores)))
@@ -349,7 +368,7 @@ def keep_best(scores: list, scheme: list, args) -> list:
     return kept
 
 
-def block_influence(net, objective, batches, scheme, args) -> list:
+def block_influence(net, objective, batches, scheme, args):
     """ShortGPT (Men et al. 2024): a layer matters as much as it turns the hidden state, 1 - cos(input, output)."""
 
     def turn(x, out):
@@ -358,7 +377,7 @@ def block_influence(net, objective, batches, scheme, args) -> list:
     return keep_best(mean_scores(net, objective, batches, args, turn), scheme, args)
 
 
-def flux_lite(net, objective, batches, scheme, args) -> list:
+def flux_lite(net, objective, batches, scheme, args):
     """Flux.1 Lite (Verdu & Martin 2024): a layer matters as much as it changes the hidden state, MSE(input, output)."""
 
     def change(x, out):
@@ -367,27 +386,34 @@ def flux_lite(net, objective, batches, scheme, args) -> list:
     return keep_best(mean_scores(net, objective, batches, args, change), scheme, args)
 
 
-def leave_one_out(net, objective, fixed: list, dtype=torch.float32) -> list:
+def losses_of_cuts(net, objective, fixed, cuts, dtype=torch.float32):
+    """The loss over fixed batches right after each cut, a list of the layers to keep."""
+    progress = Progress("loss after a cut", len(cuts), "cuts")
+    losses = []
+    for kept in cuts:
+        with keeping(net, kept):
+            losses.append(calibration_loss(net, objective, fixed, dtype))
+        progress.update(len(losses))
+    return losses
+
+
+def leave_one_out(net, objective, fixed, dtype=torch.float32):
     """For every layer, how much the loss over fixed batches rises when this layer alone is left out."""
-    depth = sum(net.depths())
-    progress = Progress("leave one out", depth, "layers")
-    complete = calibration_loss(net, objective, fixed, dtype)
-    rises = []
-    for i in range(depth):
-        others = [j for j in range(depth) if j != i]
-        with keeping(net, others):
-            rises.append(calibration_loss(net, objective, fixed, dtype) - complete)
-        progress.update(i + 1)
-    return rises
+    layers = list(range(sum(net.depths())))
+    cuts = [layers]
+    for i in layers:
+        cuts.append(layers[:i] + layers[i + 1 :])
+    all_kept, *without_one = losses_of_cuts(net, objective, fixed, cuts, dtype)
+    return [loss - all_kept for loss in without_one]
 
 
-def sensitivity(net, objective, batches, scheme, args) -> list:
+def sensitivity(net, objective, batches, scheme, args):
     """A layer matters as much as the loss rises when it alone is left out."""
-    fixed = calibration_batches(objective, batches)
-    return keep_best(leave_one_out(net, objective, fixed, args.dtype), scheme, args)
+    rises = leave_one_out(net, objective, calibration_batches(objective, batches), args.dtype)
+    return keep_best(rises, scheme, args)
 
 
-def oracle(net, objective, batches, scheme, args) -> list:
+def oracle(net, objective, batches, scheme, args):
     """BK-SDM (Kim et al. 2023): in each list of layers keep the first, the last, and evenly spread ones between.
     It knows no groups: `main` gives it each list of layers as one group."""
     kept = []
@@ -396,42 +422,36 @@ def oracle(net, objective, batches, scheme, args) -> list:
     return kept
 
 
-def lowest_loss(net, objective, batches, scheme, args) -> list:
+def lowest_loss(net, objective, batches, scheme, args):
     """The paper's table 3: of all cuts, or of --candidates random ones, the one with the least loss right after it."""
     total = math.prod(math.comb(m, n) for n, m in scheme)
     if total <= args.candidates:
-        of_groups = [list(itertools.combinations(range(first, first + m), n)) for first, n, m in groups_of(scheme)]
+        # All ways to keep n layers of each group, and then all combinations of these ways.
+        of_groups = [itertools.combinations(range(first, first + m), n) for first, n, m in groups_of(scheme)]
         cuts = [list(itertools.chain(*choice)) for choice in itertools.product(*of_groups)]
     else:
         rng = np.random.default_rng(make_seed(args.seed, 4))
         cuts = [random_cut(scheme, rng) for _ in range(args.candidates)]
-    fixed = calibration_batches(objective, batches)
-    progress = Progress("lowest-loss", len(cuts), "cuts")
-    losses = []
-    for kept in cuts:
-        with keeping(net, kept):
-            losses.append(calibration_loss(net, objective, fixed, args.dtype))
-        progress.update(len(losses))
+    losses = losses_of_cuts(net, objective, calibration_batches(objective, batches), cuts, args.dtype)
     append_log(args, step=0, cuts=cuts, losses=losses)
-    order = np.argsort(losses, kind="stable")  # what is not a number goes last
-    for name, i in (("lowest", order[0]), ("median", order[len(order) // 2]), ("highest", order[-1])):
-        say(f"{name} of {len(cuts):,} of {total:,} cuts: {losses[i]:.4f}, layers {' '.join(map(str, cuts[i]))}")
-    return cuts[order[0]]
+    say(f"losses of {len(cuts):,} of {total:,} cuts: {min(losses):.4f} to {max(losses):.4f}")
+    return cuts[np.nanargmin(losses)]  # a loss may be NaN
 
 
-def random_cut(scheme: list, rng) -> list:
+def random_cut(scheme, rng):
     kept = []
     for first, n, m in groups_of(scheme):
-        kept += [int(first + i) for i in sorted(rng.choice(m, n, replace=False))]
+        chosen = sorted(rng.choice(m, n, replace=False))
+        kept += [int(first + i) for i in chosen]
     return kept
 
 
-def random_layers(net, objective, batches, scheme, args) -> list:
+def random_layers(net, objective, batches, scheme, args):
     """N of each group at random: the baseline that every criterion has to beat."""
     return random_cut(scheme, np.random.default_rng(make_seed(args.seed, 3)))
 
 
-def indices(net, objective, batches, scheme, args) -> list:
+def indices(net, objective, batches, scheme, args):
     """The layers named by --layers."""
     return sorted(args.layers)
 
@@ -446,10 +466,11 @@ CRITERIA = {
     "random": random_layers,
     "indices": indices,
 }
+# These choose without data. Without latents the loss after the cut is not measured.
 NEED_NO_LATENTS = ("oracle", "random", "indices")
 
 
-def check_kept(kept: list, scheme: list) -> list:
+def check_kept(kept, scheme):
     """What a criterion returned, as sorted ints: N different layers of each group, or a UserError."""
     try:
         kept = sorted(int(i) for i in kept)
@@ -471,9 +492,9 @@ def check_kept(kept: list, scheme: list) -> list:
 # The cut. With --granularity sublayer a layer is half a block, an attention or an MLP.
 
 
-def prune_layers(args, scheme: list, kept: list):
+def prune_layers(args, scheme, kept):
     """-> the original network, read anew, with only the kept layers; its config."""
-    net, old = load_model(args.model, args.ckpt, args.device)
+    net, old = load_model(args.model, args.ckpt, args.device)  # the search has changed the weights of its network
     if args.granularity == "sublayer":
         split_layers(net)
     net.keep_layers(kept)
@@ -530,7 +551,7 @@ def add_mlp(block, other):
 COLOURS = np.array([(31, 119, 180), (214, 39, 40), (44, 160, 44), (148, 103, 189)])
 
 
-def draw_decision(out: Path, scheme: list):
+def draw_decision(out, scheme):
     """decision.png from log.jsonl: a row for each layer, time to the right; darker means more certain to be kept."""
     lines = [line for line in read_log(out) if "kept" in line]
     if not lines:
@@ -575,17 +596,17 @@ def draw_decision(out: Path, scheme: list):
 # The command line.
 
 
-def layer_list(text: str) -> list:
+def layer_list(text):
     return [int(v) for v in text.split(",")]
 
 
-def parse_arguments(argv=None):
-    """The command line. What is None follows the model's recipe (model.py)."""
+def make_parser():
+    """The flags. What is None follows the model's recipe (model.py)."""
     description = __doc__.split("\n\nRead top")[0]
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument_group("what to cut, and how to choose").add_argument
     add("--model", metavar="NAME", help="the network to prune (default: dit-tiny, or what --ckpt holds)")
-    add("--ckpt", metavar="FILE|URL", help="its weights, instead of the official ones; or a student, to prune again")
+    add("--ckpt", metavar="FILE", help="its weights, instead of the official ones; or a student, to prune again")
     add("--scheme", default="1:2", help="keep N of each M neighbouring layers; or a list, 3:4,2:4,... with one entry "
         "for each group (default: %(default)s)")
     add("--granularity", choices=["block", "sublayer"], default="block", help="what a layer is: a whole block, or its "
@@ -598,22 +619,22 @@ def parse_arguments(argv=None):
         "the masks (default: %(default)s)")
     add("--out", default="out/prune", metavar="DIR", help="default: %(default)s")
     add_training_arguments(parser)
+    return parser
+
+
+def main(argv=None, parser=None):
+    """Search, cut, measure the loss after the cut, draw. parser: make_parser() with flags of your own criterion."""
+    parser = parser or make_parser()
     args = parser.parse_args(argv)
     if (args.layers is None) == (args.criterion == "indices"):
         raise UserError("--layers I,J,... and --criterion indices go together; give both or neither")
     if not args.model and not args.ckpt:
         args.model = "dit-tiny"
-    return args
-
-
-def main(argv=None):
-    """Search, cut, measure the loss after the cut, draw."""
-    args = parse_arguments(argv)
     start_run(args)
     net, config = load_model(args.model, args.ckpt, args.device)
     if args.granularity == "sublayer":
         split_layers(net)
-    if args.criterion == "oracle":
+    if args.criterion == "oracle":  # it ignores groups
         scheme = oracle_scheme(parse_scheme(args.scheme, net.depths()), net.depths())
     else:
         scheme = parse_scheme(args.scheme, net.depths())
@@ -634,18 +655,18 @@ def main(argv=None):
         loss = calibration_loss(shallow, objective, calibration_batches(objective, batches), args.dtype)
     append_log(args, step=args.steps or 0, cut=kept, calibration_loss=loss)
     if rank() == 0:
-        weights = shallow.state_dict()  # also as `ema`, which the DiT release's scripts look for; it is stored once
+        # The DiT release's scripts look for `ema`. torch stores the same tensors once.
+        weights = shallow.state_dict()
         config["calibration_loss"] = loss
         save_checkpoint(args.out / "shallow.pt", model=weights, ema=weights, config=config, step=0)
         draw_decision(args.out, scheme)
-        draw_losses(args.out)
     size = sum(p.numel() for p in shallow.parameters()) / 1e6
     measured = "not measured (no latents)" if loss is None else f"{loss:.4f}"
     say(f"keep layers {' '.join(map(str, kept))} of {sum(net.depths())}; {size:.2f} M parameters; "
         f"loss after the cut {measured}; wrote {args.out}/shallow.pt")
 
 
-def oracle_scheme(scheme: list, depths: list) -> list:
+def oracle_scheme(scheme, depths):
     """The same number of layers, with each list of layers as one group."""
     lists = []
     first = 0
@@ -657,7 +678,7 @@ def oracle_scheme(scheme: list, depths: list) -> list:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What both training stages use: flags; resume, save, log; summing gradients; a step; moving averages; loss.png.
+# What both training stages use: flags; resume, save, log; summing gradients; a step; moving averages.
 
 
 def add_training_arguments(parser):
@@ -695,13 +716,13 @@ def start_run(args):
         args.out.mkdir(parents=True, exist_ok=True)
         for left_by_a_kill in args.out.glob(".*.tmp"):
             left_by_a_kill.unlink()
-        if args.resume == "never" or not checkpoints(args.out):
+        if args.resume == "never" or not checkpoints(args.out):  # nothing to go on from
             for old in [*checkpoints(args.out), *args.out.glob("log.jsonl"), *args.out.glob("*.png")]:
                 old.unlink()
-    barrier()
+    barrier()  # no rank looks for checkpoints before
 
 
-def fill_recipe(args, recipe: dict, images: int):
+def fill_recipe(args, recipe, images):
     """Puts the recipe's values where the user gave none; and turns its epochs into steps."""
     for key, value in recipe.items():
         if key != "epochs" and getattr(args, key) is None:
@@ -718,20 +739,20 @@ def prepare(net, args):
             block.compile()
 
 
-def checkpoints(out: Path) -> list:
+def checkpoints(out):
     return sorted(out.glob("step-[0-9]*.pt"))
 
 
-def compared_flags(args) -> dict:
+def compared_flags(args):
     return {key: value for key, value in vars(args).items() if key not in FREE}
 
 
-def resume(args, state: dict) -> int:
+def resume(args, state):
     """Loads the newest checkpoint of --out, if there is one, into the objects of `state`; -> its step, else 0."""
     found = checkpoints(args.out)
     if not found:
         return 0
-    saved = read_torch(found[-1])
+    saved = read_torch(found[-1])  # the newest; it is whole, since files are renamed when they are complete
     for key, now in compared_flags(args).items():
         before = saved["args"].get(key)
         if now != before:
@@ -742,7 +763,7 @@ def resume(args, state: dict) -> int:
     return saved["step"]
 
 
-def save(args, step: int, state: dict, **more):
+def save(args, step, state, **more):
     """Rank 0 writes step-*.pt, and keeps the newest two."""
     if rank() == 0:
         contents = {name: value.state_dict() for name, value in state.items()}
@@ -753,9 +774,9 @@ def save(args, step: int, state: dict, **more):
     barrier()
 
 
-def log(args, step: int, sums: dict, progress, **facts):
+def log(args, step, sums, progress, **facts):
     """Logs the averages of `sums` over steps and ranks, and empties it. The host waits for the device here."""
-    steps = sums.pop("steps")
+    steps = sums.pop("steps")  # since the last log line
     values = torch.tensor([float(value) for value in sums.values()], device=args.device) / steps
     averages = dict(zip(sums, sum_over_ranks(values).tolist()))
     sums.clear()
@@ -773,7 +794,7 @@ def append_log(args, **line):
             f.write(json.dumps(line) + "\n")
 
 
-def read_log(out: Path) -> list:
+def read_log(out):
     """The lines of log.jsonl, one for each step: a run that was killed wrote some steps twice."""
     lines = {}
     for text in (out / "log.jsonl").read_text().splitlines():
@@ -782,7 +803,7 @@ def read_log(out: Path) -> list:
     return [lines[step] for step in sorted(lines)]
 
 
-def say(text: str):
+def say(text):
     if rank() == 0:
         print(text, flush=True)
 
@@ -794,7 +815,7 @@ def sum_over_ranks(value):
     return value
 
 
-def sum_gradients_over_ranks(parameters: list, accumulate: int):
+def sum_gradients_over_ranks(parameters, accumulate):
     """From now on each gradient is summed over ranks as soon as the backward pass has it, in the last part of an
     accumulated batch; -> a function that waits for all sums. As the loss is divided by the global batch, a sum is the
     gradient of the global mean. All ranks must have gradients for the same parameters, which come in the same order."""
@@ -802,7 +823,7 @@ def sum_gradients_over_ranks(parameters: list, accumulate: int):
     arrivals = collections.Counter()
 
     def arrived(parameter):
-        arrivals[parameter] += 1
+        arrivals[parameter] += 1  # its gradient is complete in the last part
         if arrivals[parameter] % accumulate == 0:
             pending.append(dist.all_reduce(parameter.grad, async_op=True))
 
@@ -820,10 +841,11 @@ def sum_gradients_over_ranks(parameters: list, accumulate: int):
 
 def adamw(*groups):
     """AdamW without weight decay; groups: dicts of params and lr. Fused: one kernel, which can skip a step."""
-    return torch.optim.AdamW([group for group in groups if group["params"]], weight_decay=0.0, fused=True)
+    groups = [group for group in groups if group["params"]]  # with --delta-w frozen there is no dW
+    return torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
 
 
-def clip_and_step(optimizer, parameters: list, sums: dict):
+def clip_and_step(optimizer, parameters, sums):
     """Clips the gradient's norm to 1 and makes a step, which is skipped if the gradient is not finite."""
     norm = nn.utils.clip_grad_norm_(parameters, 1.0)
     skipped = (~norm.isfinite()).float()
@@ -836,41 +858,11 @@ def clip_and_step(optimizer, parameters: list, sums: dict):
 
 
 @torch.no_grad()
-def ema_update(average, net, decay: float, step: int):
+def ema_update(average, net, decay, step):
     """average <- decay * average + (1 - decay) * net, for all parameters."""
     decay = min(decay, (1 + step) / (10 + step))  # at first the average forgets faster
     weight = 1 - decay
     torch._foreach_lerp_(list(average.parameters()), list(net.parameters()), weight)
-
-
-def draw_losses(out: Path):
-    """loss.png from log.jsonl: each logged loss over the steps, on a logarithmic axis."""
-    lines = [line for line in read_log(out) if "loss" in line]
-    if not lines:
-        return
-    width, height, margin = 900, 480, 60
-    image = Image.new("RGB", (width, height), "white")
-    draw = ImageDraw.Draw(image)
-    draw.font = ImageFont.load_default(14)
-    colours = dict(loss="#222222", diffusion="#1f77b4", kd="#d62728", rep="#2ca02c")
-    names = [name for name in colours if name in lines[-1]]
-    curves = np.array([[line[name] for line in lines] for name in names], float)
-    curves = np.log(np.nan_to_num(curves, nan=1.0, posinf=1.0).clip(1e-12))
-    low = curves.min() - 0.05
-    high = curves.max() + 0.05
-    steps = np.array([line["step"] for line in lines])
-    x = margin + (width - 2 * margin) * steps / steps[-1]
-    for value in np.linspace(low, high, 6):
-        y = height - margin - (height - 2 * margin) * (value - low) / (high - low)
-        draw.line([(margin, y), (width - margin, y)], fill="#dddddd")
-        draw.text((margin - 8, y), f"{np.exp(value):.3g}", fill="black", anchor="rm")
-    for name, curve in zip(names, curves):
-        y = height - margin - (height - 2 * margin) * (curve - low) / (high - low)
-        draw.line(list(zip(x, y)), fill=colours[name], width=2)
-        draw.text((x[-1] + 4, y[-1]), name, fill=colours[name], anchor="lm")
-    draw.text((margin, height - margin + 12), f"step {steps[0]}", fill="black")
-    draw.text((width - margin, height - margin + 12), f"step {steps[-1]}", fill="black", anchor="ra")
-    image.save(out / "loss.png")
 
 
 if __name__ == "__main__":
