@@ -28,24 +28,24 @@ class Enough(Exception):
     pass
 
 
-def now() -> float:
+def now():
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter()
 
 
-def in_turn(functions, rounds) -> dict:
+def in_turn(functions, rounds):
     """{name: function} -> {name: median seconds}. A function that returns seconds has timed itself."""
     times = {name: [] for name in functions}
     for _ in range(rounds + 1):
         for name, function in functions.items():
             started = now()
             own = function()
-            times[name].append(own or now() - started)
+            times[name].append(own if isinstance(own, float) else now() - started)
     return {name: statistics.median(found[1:]) for name, found in times.items()}  # the first round warms up
 
 
-def step_of(train, net, x, y) -> float:
+def step_of(train, net, x, y):
     """Seconds of a step of train(net, batches), the median of the last of five."""
     starts = []
 
@@ -62,9 +62,9 @@ def step_of(train, net, x, y) -> float:
 
 
 def main():
-    flags = f"--model dit-s --batch-size 16 --dtype float32 --lr 1e-4 --beta 0.01 --ema 0.999 --out {tempfile.mkdtemp()}"
-    flags += " --steps 1000 --save-every 1000 --log-every 1000"
-    args = distill.parse_arguments([*flags.split(), *sys.argv[1:]])
+    flags = f"--model dit-s --batch-size 16 --dtype float32 --out {tempfile.mkdtemp()}"
+    flags += " --lr 1e-4 --beta 0.01 --ema 0.999 --steps 1000 --save-every 1000 --log-every 1000"
+    args = distill.make_parser().parse_args([*flags.split(), *sys.argv[1:]])
     prune.start_run(args)
 
     torch.manual_seed(0)
@@ -78,9 +78,13 @@ def main():
     objective = net.objective()
     batch = objective.make_batch(x, y, RowGenerator((0, 0), 0, len(x), len(x), args.device))
 
-    @torch.no_grad()
+    def frozen(network):
+        network = copy.deepcopy(network).requires_grad_(False)
+        prune.prepare(network, args)
+        return network
+
     def forward(network):
-        with autocast(args.device, args.dtype):
+        with torch.no_grad(), autocast(args.device, args.dtype):
             objective.predict(network, batch)
 
     def search(delta_w, layer, net, batches):
@@ -92,11 +96,12 @@ def main():
     def recovery(student, batches):
         pairs = [(i, 2 * i + 1) for i in range(len(student.layers()))]
         average = copy.deepcopy(student)
-        distill.recover(student, average, net.requires_grad_(False), objective, batches, pairs, args, {})
+        distill.recover(student, average, teacher, objective, batches, pairs, args, {})
 
+    teacher = frozen(net)
     functions = {
-        "forward pass, all layers": partial(forward, net),
-        "forward pass, half": partial(forward, half),
+        "forward pass, all layers": partial(forward, teacher),
+        "forward pass, half": partial(forward, frozen(half)),
         "masked-KD step": partial(step_of, recovery, half, x, y),
     }
     layers = dict(formula=prune.DenseMaskedLayer, fast=prune.MaskedLayer)

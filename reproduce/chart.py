@@ -15,50 +15,35 @@ TOP = 96
 BOTTOM = 640
 
 
-def range_of(values) -> tuple:
-    """Lowest and highest logarithm, with a margin."""
-    low = math.log10(min(values))
-    high = math.log10(max(values))
-    margin = 0.05 * (high - low)
-    return low - margin, high + margin
-
-
-def share(value, limits) -> float:
-    """Where a value lies between the limits of its axis: 0 to 1."""
-    low, high = limits
-    return (math.log10(value) - low) / (high - low)
-
-
-def ticks(limits) -> list:
-    numbers = [digit * 10.0**power for power in range(-6, 9) for digit in (1, 2, 5)]
-    return [number for number in numbers if 0 <= share(number, limits) <= 1]
+def share(value, ticks):
+    """Where a value lies between the first and the last tick: 0 to 1."""
+    return math.log(value / ticks[0]) / math.log(ticks[-1] / ticks[0])
 
 
 class Chart:
-    """xs and ys: numbers that must fit in."""
+    """x_ticks and y_ticks: the numbers at the axes, from end to end."""
 
-    def __init__(self, title, x_name, y_name, xs, ys):
+    def __init__(self, title, x_name, y_name, x_ticks, y_ticks):
         self.image = Image.new("RGB", (1100, 720), "white")
         self.draw = ImageDraw.Draw(self.image)
         self.draw.font = ImageFont.load_default(20)
-        self.xs = range_of(xs)
-        self.ys = range_of(ys)
+        self.x_ticks = x_ticks
+        self.y_ticks = y_ticks
         self.draw.text((550, 16), title, "black", anchor="ma")
         self.draw.text((590, 686), x_name, "black", anchor="ma")
         self.draw.text((12, 76), y_name, "black", anchor="lm")
-        for value in ticks(self.xs):
-            self.draw.text((self.x(value), BOTTOM + 10), f"{value:g}", "black", anchor="ma")
-        for value in ticks(self.ys):
+        for value in x_ticks:
+            self.draw.text((self.x(value), BOTTOM + 10), str(value), "black", anchor="ma")
+        for value in y_ticks:
             y = self.y(value)
             self.draw.line([(LEFT, y), (RIGHT, y)], "#dddddd")
-            self.draw.text((LEFT - 8, y), f"{value:g}", "black", anchor="rm")
-        self.draw.line([(LEFT, TOP), (LEFT, BOTTOM), (RIGHT, BOTTOM)], "black")
+            self.draw.text((LEFT - 8, y), str(value), "black", anchor="rm")
 
-    def x(self, value) -> float:
-        return LEFT + (RIGHT - LEFT) * share(value, self.xs)
+    def x(self, value):
+        return LEFT + (RIGHT - LEFT) * share(value, self.x_ticks)
 
-    def y(self, value) -> float:
-        return BOTTOM - (BOTTOM - TOP) * share(value, self.ys)
+    def y(self, value):
+        return BOTTOM - (BOTTOM - TOP) * share(value, self.y_ticks)
 
     def line(self, points, colour):
         self.draw.line([(self.x(x), self.y(y)) for x, y in points], colour, 3)

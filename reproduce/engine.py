@@ -34,36 +34,36 @@ class Step:
     flags: str
 
     @property
-    def note(self) -> Path:
+    def note(self):
         """Written when the step has ended: how long it took, and whether the loss became infinite or not a number."""
         return self.folder / f"{self.stage}.done"
 
     @property
-    def command(self) -> list:
+    def command(self):
         out = f"--out {self.folder}"
         if self.stage == "fid":
             out = f"{self.folder}/samples.npz --json {self.folder}/fid.json"
         return f"{out} {self.flags}".split()
 
     @property
-    def kind(self) -> str:
+    def kind(self):
         """Steps of one kind take as long for each unit."""
         return f"{self.stage} {self.model}"
 
     @property
-    def units(self) -> int:
+    def units(self):
         """How much work it is: steps of a recovery, images to draw, or one."""
         asked = re.search(r"--steps (\d+)" if self.stage == "distill" else r"--num-images (\d+)", self.flags)
         return int(asked[1]) if asked else 1
 
 
-def slug(text) -> str:
+def slug(text):
     """A name for a folder, of no more than 120 letters."""
     name = re.sub(r"[^\w.,:=]+", "-", text).strip("-")
     return name if len(name) <= 120 else f"{name[:110]}-{zlib.crc32(name.encode()):x}"
 
 
-def way(model, folder, source, cut, recovery, samplings, more) -> list:
+def way(model, folder, source, cut, recovery, samplings, more):
     """The steps of a cut, its recovery, and sets of samples, each in a folder below the one before, named after its
     flags. An empty text leaves a step out. more: {stage: flags that are not in the names}."""
     steps = []
@@ -85,7 +85,7 @@ def way(model, folder, source, cut, recovery, samplings, more) -> list:
     return steps
 
 
-def run(steps, gpus=0) -> dict:
+def run(steps, gpus=0):
     """Runs what is not finished, in this order. -> {stage: its note}.
 
     A recovery may diverge, as two of the paper's table 5 do; that is a result too, and the steps after it are left out.
@@ -119,21 +119,25 @@ def run_step(step, gpus):
 
 def call(stage, arguments, gpus):
     if gpus == 0:
-        silence = io.StringIO()
-        with contextlib.redirect_stdout(silence), contextlib.redirect_stderr(silence):
-            importlib.import_module(stage).main(arguments)
+        said = io.StringIO()
+        try:
+            with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+                importlib.import_module(stage).main(arguments)
+        except BaseException:
+            print(said.getvalue()[-2000:], file=sys.stderr)
+            raise
     else:
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={gpus}"]
         print("---", stage, *arguments, flush=True)
         subprocess.run([*torchrun, f"{stage}.py", *arguments], check=True)
 
 
-def loss_is_nan(folder) -> bool:
+def loss_is_nan(folder):
     log = folder / "log.jsonl"
     return log.exists() and re.search("NaN|Infinity", log.read_text()[-500:]) is not None
 
 
-def timings(folder) -> dict:
+def timings(folder):
     """{kind: [seconds a unit, ...]} of all steps that were run below a folder."""
     found = {}
     for file in folder.rglob("*.done"):
@@ -142,7 +146,7 @@ def timings(folder) -> dict:
     return found
 
 
-def estimate(steps, measured, assumed) -> str:
+def estimate(steps, measured, assumed):
     """A table of what is not finished, and how long it may take.
 
     measured: as `timings` says. assumed: {stage: seconds a unit} where nothing was measured."""

@@ -109,9 +109,9 @@ speed model=dit-tiny kept=depths                                                
 speed model=dit-tiny,sit-tiny,mar-tiny kept=6
 speed model=dit-tiny,sit-tiny,mar-tiny kept=12 granularity=sublayer
 """
-# learned: by the search at 1:2. lowest, median: by the loss, of all 924 cuts to 6 layers. worst: of 1:2, after 100 steps.
-# panel: of 1:2, spread over the ranks of their distances after 100 steps. spread: of all, over the ranks of their losses.
-# quarter, quarter-of-half: learned at 1:4, and at 1:2 of the recovered half.
+# Cuts of dit-tiny. learned: by the search at 1:2. lowest, median: in the loss, of all 924 cuts to 6. worst: of 1:2,
+# after 100 steps. panel: of 1:2, spread over the ranks of their distances after 100 steps. spread: of all, spread over
+# the ranks of their losses. quarter, quarter-of-half: learned at 1:4, and at 1:2 of the recovered half.
 NAMED_CUTS = """
 learned: 0 2 4 7 8 11
 lowest: 0 1 2 3 4 7
@@ -125,13 +125,13 @@ quarter: 0 4 11
 quarter-of-half: 0 2 5
 depths: 0 1 2 3 4 5 6 7 8 9 10 11, 0 1 2 3 4 5 6 7 8, 0 1 2 3 4 5, 0 1 2 3, 0 1 2, 0 1, 0
 """
-CUTS = dict(grid=[" ".join(kept) for kept in itertools.product("01", "23", "45", "67", "89", ["10", "11"])])  # all of 1:2
+CUTS = dict(grid=[" ".join(kept) for kept in itertools.product("01", "23", "45", "67", "89", ["10", "11"])])  # 1:2
 for line in NAMED_CUTS.strip().splitlines():
     cuts_name, cuts = line.split(": ")
     CUTS[cuts_name] = cuts.split(", ")
 
 
-def plan(rows) -> list:
+def plan(rows):
     """Every cell. rows: what is known by now, as later cells recover what earlier ones chose."""
     planned = {}
     for line in filter(None, PLAN.splitlines()):
@@ -144,7 +144,7 @@ def plan(rows) -> list:
     return list(planned.values())
 
 
-def spelled_out(row, rows) -> list:
+def spelled_out(row, rows):
     """The cells that a combination of values stands for."""
     if row["kind"] == "recovery":
         row = dict(mode="masked-kd") | row
@@ -159,7 +159,7 @@ def spelled_out(row, rows) -> list:
     return [row | dict(kept=cut) for cut in cuts]
 
 
-def chosen(rows, wanted, depth) -> list:
+def chosen(rows, wanted, depth):
     """The cuts to so many layers that some criterion chose, and those of the lowest loss, of all and of 1:M."""
     found = []
     for row in rows:
@@ -172,12 +172,12 @@ def chosen(rows, wanted, depth) -> list:
     return sorted(kept for kept in set(found) if len(kept.split()) == depth)
 
 
-def source_of(row) -> dict:
+def source_of(row):
     """Which network is cut, and into what, where it isn't the bundled one into blocks."""
     return {k: row[k] for k in ("trained", "teacher_seed", "granularity", "parent") if k in row}
 
 
-def name(row) -> str:
+def name(row):
     """What identifies a cell, and the row that it becomes."""
     words = [row["kind"]]
     for field in FIELDS[row["kind"]].split():
@@ -194,7 +194,7 @@ TRAIN = f"--latents {LATENTS} --dtype float32 --device cpu"
 MORE = dict(prune=TRAIN, distill=TRAIN, sample="--num-images 500 --batch-size 32 --device cpu", fid="--device cpu")
 
 
-def teacher(row) -> Step:
+def teacher(row):
     """A teacher like the bundled one, of another seed or after fewer steps; kept, since many cells need it."""
     model = row["model"]
     steps, flags = TEACHERS[model]
@@ -205,7 +205,7 @@ def teacher(row) -> Step:
     return Step("distill", model, folder, f"{recipe} --steps {steps} --seed {seed} {TRAIN}")
 
 
-def steps_of(row, work) -> list:
+def steps_of(row, work):
     """What a cell needs: what other cells need too, which is kept, then its own, in the folder `work`."""
     model = row["model"]
     source = f"--model {model}"
@@ -241,16 +241,16 @@ def steps_of(row, work) -> list:
     return steps + engine.way(model, work, source, cut, recovery, samplings, MORE)
 
 
-def folders(steps, stage) -> list:
+def folders(steps, stage):
     return [step.folder for step in steps if step.stage == stage]
 
 
-def options(row, **flags) -> str:
+def options(row, **flags):
     """The flags of those settings that the row has."""
     return "".join(f" {flag} {row[key]}" for key, flag in flags.items() if key in row)
 
 
-def scheme_of(row) -> str:
+def scheme_of(row):
     """Keep so many of any layers of a list: MAR has two lists."""
     lists = 2 if row["model"] == "mar-tiny" else 1
     layers = 24 if "granularity" in row else 12
@@ -259,13 +259,13 @@ def scheme_of(row) -> str:
     return f"{len(row['kept'].split()) // lists}:{layers // lists}"
 
 
-def measured_steps(row) -> range:
+def measured_steps(row):
     """The checkpoints that are measured too."""
     every = row.get("at", row["steps"])
     return range(every, row["steps"], every)
 
 
-def compute(row) -> dict:
+def compute(row):
     """The finished row of a cell."""
     work = OUT / slug(f"work {name(row)}")
     shutil.rmtree(work, ignore_errors=True)  # of a run that was killed
@@ -276,7 +276,7 @@ def compute(row) -> dict:
     return row | found
 
 
-def result_of(row, steps, notes) -> dict:
+def result_of(row, steps, notes):
     cut = folders(steps, "prune")[-1]
     if row["kind"] == "speed":
         return speed(row["model"], cut / "shallow.pt")
@@ -301,13 +301,13 @@ def result_of(row, steps, notes) -> dict:
     return found
 
 
-def distance(samples) -> dict:
+def distance(samples):
     """Not a number where the recovery diverged."""
     facts = dict(fid=float("nan"), accuracy=float("nan")) | facts_of(samples)
     return dict(fd=round(facts["fid"], 4), right=round(facts["accuracy"], 4))
 
 
-def speed(model, ckpt) -> dict:
+def speed(model, ckpt):
     """Milliseconds of a forward pass of 32 rows, of the whole network and of the cut one, in turn."""
     whole, _ = load_model(model)
     cut, _ = load_model(None, ckpt)
@@ -323,7 +323,7 @@ def speed(model, ckpt) -> dict:
 # Keeping what is known: docs/results/KIND.json, and OUT for cells that just ended.
 
 
-def known() -> list:
+def known():
     """All finished rows."""
     rows = []
     for kind in FIELDS:
@@ -344,7 +344,7 @@ def write(rows):
         (RESULTS / f"{kind}.json").write_text(f'{{"about": {head},\n"rows": [\n{text}\n]}}\n')
 
 
-def seconds_of(rows) -> dict:
+def seconds_of(rows):
     """{kind of step: [seconds a unit, ...]}, for the estimate."""
     found = {}
     for row in rows:
@@ -363,7 +363,7 @@ def again(count, only):
             print("same" if new[result] == row[result] else f"DIFFERS, {new[result]}", name(row), flush=True)
 
 
-def missing(rows, only) -> list:
+def missing(rows, only):
     """The cells of the plan that have no row. Timings are left out unless asked for."""
     have = {name(row) for row in rows}
     cells = [cell for cell in plan(rows) if name(cell) not in have and only in name(cell)]

@@ -21,7 +21,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import prune
 from model import make_seed, run_main
-from prune import GroupMasks, MaskedLayer, adamw, calibration_batches, calibration_loss, groups_of, keeping, set_masks
+from prune import (
+    GroupMasks, MaskedLayer, adamw, calibration_batches, calibration_loss, groups_of, losses_of_cuts, set_masks)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Another loss for the paper's search.
@@ -42,7 +43,7 @@ class Distilled:
         return 0.9 * self.plain.kd(out, target, batch) + 0.1 * self.plain.loss(out, batch)
 
 
-def distilled(net, objective, batches, scheme, args) -> list:
+def distilled(net, objective, batches, scheme, args):
     objective = Distilled(objective, copy.deepcopy(net))
     return prune.learned(net, objective, batches, scheme, args)
 
@@ -51,31 +52,20 @@ def distilled(net, objective, batches, scheme, args) -> list:
 # Criteria that look at the loss of whole cuts.
 
 
-def greedy(net, objective, batches, scheme, args) -> list:
+def greedy(net, objective, batches, scheme, args):
     """57 losses for 12 -> 6, where all cuts are 924; no group falls below its N."""
     fixed = calibration_batches(objective, batches)
     kept = list(range(sum(m for _, m in scheme)))
     while len(kept) > sum(n for n, _ in scheme):
-        losses = {}
+        cuts = []
         for first, n, m in groups_of(scheme):
             group = [i for i in kept if first <= i < first + m]
             if len(group) > n:
                 for i in group:
-                    with keeping(net, [k for k in kept if k != i]):
-                        losses[i] = calibration_loss(net, objective, fixed, args.dtype)
-        kept.remove(min(losses, key=losses.get))
+                    cuts.append([k for k in kept if k != i])
+        losses = losses_of_cuts(net, objective, fixed, cuts, args.dtype)
+        kept = cuts[losses.index(min(losses))]
     return kept
-
-
-def cuts_by_loss(net, objective, fixed, scheme, args) -> list:
-    """Every cut that the scheme allows, the one of the least loss first."""
-    of_groups = [itertools.combinations(range(first, first + m), n) for first, n, m in groups_of(scheme)]
-    losses = {}
-    for parts in itertools.product(*of_groups):
-        kept = tuple(itertools.chain(*parts))
-        with keeping(net, kept):
-            losses[kept] = calibration_loss(net, objective, fixed, args.dtype)
-    return sorted(losses, key=losses.get)
 
 
 def train(net, objective, batches, steps, optimizer, args, prepare=None):
@@ -94,7 +84,7 @@ def train(net, objective, batches, steps, optimizer, args, prepare=None):
         prune.clip_and_step(optimizer, parameters, collections.Counter())
 
 
-def adapted(net, objective, batches, scheme, args, steps=200) -> list:
+def adapted(net, objective, batches, scheme, args, steps=200):
     """What the search's dW is worth without its logits: all masks are equally likely, then every cut is tried."""
     torch.manual_seed(make_seed(args.seed, 2))  # LoRA's A
     delta = prune.add_delta_w(net, "lora")
@@ -108,10 +98,13 @@ def adapted(net, objective, batches, scheme, args, steps=200) -> list:
     return prune.lowest_loss(net, objective, batches, scheme, args)
 
 
-def halving(net, objective, batches, scheme, args, start=8, each=10) -> list:
+def halving(net, objective, batches, scheme, args, start=8, each=10):
     """Successive halving: what costs most, fine-tuning, is spent on the cuts that may still win."""
     fixed = calibration_batches(objective, batches)
-    left = cuts_by_loss(net, objective, fixed, scheme, args)[:start]
+    of_groups = [itertools.combinations(range(first, first + m), n) for first, n, m in groups_of(scheme)]
+    cuts = [tuple(itertools.chain(*parts)) for parts in itertools.product(*of_groups)]
+    losses = dict(zip(cuts, losses_of_cuts(net, objective, fixed, cuts, args.dtype)))
+    left = sorted(cuts, key=losses.get)[:start]
     students = {}
     optimizers = {}
     for kept in left:
@@ -135,7 +128,7 @@ def halving(net, objective, batches, scheme, args, start=8, each=10) -> list:
 
 
 @torch.no_grad()
-def probe(net, objective, batches, scheme, args) -> list:
+def probe(net, objective, batches, scheme, args):
     """PPCL (Ma et al. 2025, arXiv 2511.16156): each group loses the M - N neighbours that a linear map replaces best.
 
     A least-squares map A from the input x of the first of them to the output y of the last leaves the share

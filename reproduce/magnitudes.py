@@ -18,7 +18,7 @@ from model import load_model
 
 
 @torch.no_grad()
-def magnitudes(net) -> list:
+def magnitudes(net):
     """A line for each layer."""
     hidden = HiddenStates(net, list(range(len(net.layers()))))
     objective = net.objective()

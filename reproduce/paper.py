@@ -1,12 +1,13 @@
 """The paper's tables and figures, row by row, with the paper's numbers beside: on the digits, or on ImageNet.
 
     python reproduce/paper.py table5                              # dit-tiny, on a laptop
-    python reproduce/paper.py table5 --model dit-xl --gpus 8      --extract '--data imagenet/train'
     python reproduce/paper.py table5 --list                       # how long it may take
+    python reproduce/paper.py table5 --model dit-xl --gpus 8 --extract "--data imagenet/train"
 
 A row is a cut, its recovery, its samples, and their FID. Its folder below --out is named after its flags, so tables
-share what they have in common; what is finished is kept, and the same command goes on after a kill. The table is
-written to --out too. Tables 1, 2, 3 (and figure 5), 4, 5, 7, 8, figures 4 and 14; figure 8 is magnitudes.py.
+share what they have in common; what is finished is kept, and the same command goes on after a kill. (Flags given with
+--prune, --distill and --sample are not in the names: with others, choose another --out.) The table is written to
+--out, too. There are tables 1, 2, 3 (with figure 5), 4, 5, 7, 8 and figures 4 and 14; figure 8 is magnitudes.py.
 Rivals may keep any of the layers, as in the paper.
 """
 import argparse
@@ -21,9 +22,9 @@ from engine import ROOT, Step, slug
 from model import MODELS, build_model
 from table import facts_of, show
 
-# The first line: the steps of a recovery, on the digits and on ImageNet | names of the paper's numbers.
-# Other lines: name | the paper's numbers | flags of prune.py | of distill.py | of sample.py | another model.
-# {...} is what `values_of` says; STUDENT, the folder of the recovery.
+# First the sizes, on the digits and on ImageNet: steps of a recovery, and of a long one; images; and which numbers the
+# paper has. Then a line for each row: name | the paper's numbers | flags of prune.py | of distill.py | of sample.py |
+# another model. {...} is what `values_of` says; STUDENT is the folder of the recovery.
 TABLES = {
     "table1": """steps: 100 100000; long: 800 500000; images: 1000 50000; paper: IS FID sFID prec. rec.
 teacher                | 278.24 2.27 4.60 0.83 0.57
@@ -129,7 +130,7 @@ ASSUMED = [
 ]
 
 
-def values_of(args) -> dict:
+def values_of(args):
     """What stands for {...} in the tables."""
     values = dict(model=args.model)
     for line in SCALES.strip().splitlines():
@@ -160,7 +161,7 @@ def values_of(args) -> dict:
     return values
 
 
-def cuts_by_loss(folder) -> list:
+def cuts_by_loss(folder):
     """What a search for the lowest loss tried, the lowest first."""
     log = folder / "log.jsonl"
     if not log.exists():
@@ -169,7 +170,7 @@ def cuts_by_loss(folder) -> list:
     return [",".join(map(str, cut)) for _, cut in sorted(zip(tried["losses"], tried["cuts"]))]
 
 
-def row_of(line, args, values) -> tuple:
+def row_of(line, args, values):
     """-> name, the paper's numbers, steps."""
     cells = [cell.strip() for cell in line.format(**values).split("|")]
     name, paper, cut, recovery, sampling, model = cells + [""] * (6 - len(cells))
@@ -185,7 +186,7 @@ def row_of(line, args, values) -> tuple:
     return name, paper.split(), [extract, *way]
 
 
-def loss_after(folder) -> dict:
+def loss_after(folder):
     """Of the cut in this folder or one above: what prune.py logged last."""
     for above in folder.parents:
         if (above / "shallow.pt").exists():
@@ -205,7 +206,7 @@ def main():
     add("--steps", type=int, help="of each recovery (default: the table's)")
     add("--images", type=int, help="to draw for each row (default: the table's)")
     for stage in ("extract", "prune", "distill", "sample"):
-        add(f"--{stage}", default="", metavar="FLAGS", help="more flags of this stage; then choose another --out, too")
+        add(f"--{stage}", default="", metavar="FLAGS", help='more flags: --distill="--seed 1 --compile"')
     add("--out", type=Path, default=Path("out/paper"), help="default: %(default)s")
     args = parser.parse_args()
     os.chdir(ROOT)

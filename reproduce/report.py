@@ -28,38 +28,38 @@ RESULTS = ROOT / "docs" / "results"
 FREE = {"dit-tiny": "6:12", "sit-tiny": "6:12", "mar-tiny": "3:6"}  # any half of the layers; MAR has two lists of six
 MODES = ("finetune", "logits-kd", "rep-kd", "masked-kd")
 LEARNED = "0 2 4 7 8 11"  # what the search keeps of dit-tiny at 1:2
-SPECIAL = "trained teacher_seed granularity parent teacher lr sigma beta delta_w".split()
+USUAL = dict.fromkeys("trained teacher_seed granularity parent teacher lr sigma beta delta_w".split())
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Questions to docs/results.
 
 
 @functools.cache
-def stored(kind) -> list:
+def stored(kind):
     return json.loads((RESULTS / f"{kind}.json").read_text())["rows"]
 
 
-def rows(kind, model="dit-tiny", **wanted) -> list:
-    """The rows with these settings, and with none of the special ones otherwise."""
-    wanted = dict.fromkeys(SPECIAL) | dict(model=model) | wanted
-    return [row for row in stored(kind) if wanted.items() <= (dict.fromkeys(SPECIAL) | row).items()]
+def rows(kind, model="dit-tiny", **wanted):
+    """The rows with these settings, and the usual ones otherwise."""
+    wanted = USUAL | dict(model=model) | wanted
+    return [row for row in stored(kind) if wanted.items() <= (USUAL | row).items()]
 
 
-def recovered(kept, steps=100, mode="masked-kd", **more) -> list:
+def recovered(kept, steps=100, mode="masked-kd", **more):
     """The Fréchet distances of a cut that was recovered so, one for each seed."""
     return [row["fd"] for row in rows("recovery", kept=kept, steps=steps, mode=mode, **more)]
 
 
-def choices(depth=6, **wanted) -> list:
+def choices(depth=6, **wanted):
     return [row for row in rows("choice", **wanted) if len(row["kept"].split()) == depth]
 
 
-def losses(scheme="6:12", **more) -> dict:
+def losses(scheme="6:12", **more):
     """{cut: loss right after it}."""
     return rows("losses", scheme=scheme, **more)[0]["losses"]
 
 
-def one_of_each(losses, m=2) -> dict:
+def one_of_each(losses, m=2):
     """Only the cuts that keep one layer of each m neighbours."""
     found = {}
     for kept, loss in losses.items():
@@ -69,7 +69,7 @@ def one_of_each(losses, m=2) -> dict:
     return found
 
 
-def distances(cuts, steps=100, seed=0) -> dict:
+def distances(cuts, steps=100, seed=0):
     """{cut: its distance}, where it was recovered so."""
     found = {}
     for kept in cuts:
@@ -78,15 +78,15 @@ def distances(cuts, steps=100, seed=0) -> dict:
     return found
 
 
-def lowest(scores) -> str:
+def lowest(scores):
     return min(scores, key=scores.get)
 
 
-def rank_of(kept, scores) -> int:
+def rank_of(kept, scores):
     return 1 + sum(score < scores[kept] for score in scores.values())
 
 
-def mean_of(scores, cuts) -> float:
+def mean_of(scores, cuts):
     return mean(scores[kept] for kept in cuts)
 
 
@@ -95,7 +95,7 @@ def correlation(cuts, a, b):
     return spearmanr([a[kept] for kept in cuts], [b[kept] for kept in cuts])
 
 
-def spread(values) -> str:
+def spread(values):
     if len(values) > 1:
         return f"{mean(values):.2f} ± {stdev(values):.2f} ({len(values)})"
     return f"{values[0]:.2f}" if values else "-"
@@ -108,30 +108,32 @@ def label(names, kept, what):
 # Answers to the questions in the tables. Where nothing is said, it is the learned cut, recovered by masked KD.
 
 
-def fd(at=None, kept=LEARNED, **settings) -> str:
+def fd(at=None, kept=LEARNED, **settings):
     if at:
         return f"{rows('recovery', kept=kept, steps=800, **settings)[0]['at'][str(at)]:.2f}"
     return spread(recovered(kept, **settings))
 
 
-def keeps(**settings) -> str:
+def keeps(**settings):
     """What a criterion keeps, over its seeds."""
     kept = sorted({row["kept"] for row in choices(**settings)})
-    return "; ".join(kept) or "-" if len(kept) < 3 else f"{len(kept)} cuts"
+    if len(kept) > 2:
+        return f"{len(kept)} cuts"
+    return "; ".join(kept) or "-"
 
 
-def mean_fd(**settings) -> str:
+def mean_fd(**settings):
     """The mean over a criterion's seeds."""
-    found = [recovered(row["kept"], seed=0)[0] for row in choices(**settings)]
+    found = [fd for row in choices(**settings) for fd in recovered(row["kept"], seed=0)]
     return f"{mean(found):.2f}" if found else "-"
 
 
-def seconds(kind="choice", **settings) -> str:
+def seconds(kind="choice", **settings):
     """Of a cut to 6 layers; the least."""
     return f"{min(row['seconds'] for row in rows(kind, **settings) if len(row['kept'].split()) == 6):.0f}"
 
 
-def faster(**settings) -> str:
+def faster(**settings):
     found = [f"{row['whole_ms'] / row['ms']:.2f}" for row in rows("speed", **settings)]
     return "".join(found) or "-"
 
@@ -147,7 +149,7 @@ def number(text):
         return text
 
 
-def answer(cell) -> str:
+def answer(cell):
     """A cell like `FD kept=0 4 11&steps=100` asks for what ANSWERS says; any other is itself."""
     question, _, asked = cell.partition(" ")
     if question not in ANSWERS:
@@ -227,7 +229,7 @@ def decisive():
     return lines
 
 
-def special_cuts(loss, searched, m=2) -> dict:
+def special_cuts(loss, searched, m=2):
     """{cut: [what it is, ...]}: the lowest loss of all and of 1:m, and what was searched."""
     names = {}
     label(names, lowest(loss), f"lowest loss of all {len(loss)}")
@@ -237,7 +239,7 @@ def special_cuts(loss, searched, m=2) -> dict:
     return names
 
 
-def cut_lines(start, names, loss, lengths, more="") -> list:
+def cut_lines(start, names, loss, lengths, more=""):
     lines = []
     for kept, what in names.items():
         cells = [f"{start}{'; '.join(what)}", kept, f"{loss[kept]:.3f}", str(rank_of(kept, loss))]
@@ -290,7 +292,7 @@ def ideas():
                     line += f" | {mean(values):.2f}"
                 if len(set(values)) > 1:
                     line += f" ({min(values):.2f} to {max(values):.2f})"
-            if means:
+            if len(means) == len(FREE):
                 together = geometric_mean(means)
                 lines.append(f"{line} | {together / first.setdefault(scheme, together):.2f}")
     return lines
@@ -420,7 +422,7 @@ ALL = (
 TABLES = {function.__name__: function for function in ALL}
 
 
-def table(name) -> str:
+def table(name):
     names, *lines = TABLES[name]()
     rows = []
     for line in lines:
@@ -428,7 +430,7 @@ def table(name) -> str:
     return markdown(names.split(" | "), rows)
 
 
-def page() -> str:
+def page():
     """Every table, under the first line of its function's docstring."""
     text = "# The experiments\n\nWritten by `python reproduce/report.py --readme`. What the numbers are:\n\n"
     text += "\n".join(__doc__.strip().splitlines()[-3:]) + "\n"
@@ -437,7 +439,7 @@ def page() -> str:
     return text
 
 
-def fill(page) -> str:
+def fill(page):
     """Puts today's tables between the marks `<!-- report NAME -->` and `<!-- end -->`."""
     marked = re.compile(r"(<!-- report ([\w-]+) -->\n).*?(<!-- end -->)", re.S)
     return marked.sub(lambda found: f"{found[1]}{table(found[2])}\n{found[3]}", page)
@@ -447,14 +449,14 @@ def fill(page) -> str:
 # Pictures.
 
 
-def draw_space() -> Chart:
+def draw_space():
     """What becomes of a cut, against the loss right after it."""
     loss = losses()
     grid = one_of_each(loss)
     found = distances(loss)
     title = "dit-tiny, 12 layers -> 6: what becomes of a cut in 100 steps of recovery"
     x_name = "loss right after the cut (both axes logarithmic)"
-    chart = Chart(title, x_name, "Frechet distance", [loss[kept] for kept in found], found.values())
+    chart = Chart(title, x_name, "Frechet distance", [0.15, 0.2, 0.5, 1, 2], [0.8, 1, 2, 5, 10, 12])
     free = "not 1:2"
     colours = {"keeps 4 11": BLUE, "keeps 4 10": ORANGE, "keeps 5 11": PURPLE, "keeps 5 10": GREY, free: GREEN}
     for kept, distance in found.items():
@@ -467,7 +469,7 @@ def draw_space() -> Chart:
     return chart
 
 
-def draw_length() -> Chart:
+def draw_length():
     """What a longer recovery makes of a good cut and of a bad one."""
     cuts = {
         "worst of 1:2": "1 2 5 6 9 10", "median loss of all 924": "1 3 4 7 9 10", "learned, 1:2": LEARNED,
@@ -475,7 +477,7 @@ def draw_length() -> Chart:
     colours = dict(zip(cuts, (GREY, ORANGE, RED, BLUE, GREEN)))
     title = "dit-tiny, 12 layers -> 6: what a longer recovery makes of a cut"
     x_name = "steps of recovery, each dot a run of its own (both axes logarithmic)"
-    chart = Chart(title, x_name, "Frechet distance", [25, 1600], [0.5, 20])
+    chart = Chart(title, x_name, "Frechet distance", [25, 100, 400, 800, 1600], [0.5, 1, 2, 5, 10, 20])
     for what, kept in cuts.items():
         points = [(steps, recovered(kept, steps, seed=0)) for steps in (25, 100, 400, 800, 1600)]
         chart.line([(steps, fds[0]) for steps, fds in points if fds], colours[what])

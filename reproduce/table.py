@@ -24,12 +24,12 @@ COLUMNS = {  # key in samples.json or fid.json: (title, format)
 }
 
 
-def markdown(names, lines) -> str:
+def markdown(names, lines):
     rows = [names, ["---"] * len(names), *lines]
     return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in rows)
 
 
-def facts_of(samples: Path) -> dict:
+def facts_of(samples: Path):
     """What sample.py and fid.py wrote about these samples."""
     facts = {}
     for name in ("samples.json", "fid.json"):
@@ -38,7 +38,7 @@ def facts_of(samples: Path) -> dict:
     return facts
 
 
-def show(cells, paper=()) -> str:
+def show(cells, paper=()):
     """cells: (name, facts, the paper's numbers). The columns are those that some cell has."""
     known = {key for _, facts, _ in cells for key in facts}
     columns = {key: column for key, column in COLUMNS.items() if key in known}
