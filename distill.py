@@ -25,11 +25,11 @@ import torch
 
 from extract_latents import Batches, Latents, check_fit
 from model import (
-    MODELS, Progress, UserError, autocast, build_model, load_model, make_seed, rank, read_state, run_main,
+    MODELS, Progress, UserError, autocast, build_model, cast_frozen, load_model, make_seed, rank, read_state, run_main,
     save_checkpoint)
 from prune import (
-    adamw, add_training_arguments, clip_and_step, ema_update, fill_recipe, join_layers, log, prepare, resume, save,
-    say, split_layers, start_run, sum_gradients_over_ranks)
+    adamw, add_training_arguments, check_family, clip_and_step, ema_update, fill_recipe, log, resume,
+    save, say, split_layers, start_run, sum_gradients_over_ranks)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Hidden states: which layers are matched, and the masked loss between them.
@@ -124,7 +124,6 @@ def recover(net, average, teacher, objective, batches, pairs, args, config):
     wait_for_gradients = sum_gradients_over_ranks(parameters, args.accumulate)
     state = dict(model=net, ema=average, optimizer=optimizer)
     step = resume(args, state)  # 0, or where a killed run left off
-    prepare(net, args)
     if pairs:
         of_student = HiddenStates(net, [s for s, _ in pairs])
         of_teacher = HiddenStates(teacher, [t for _, t in pairs])
@@ -187,21 +186,21 @@ def make_parser():
     add = parser.add_argument_group("who learns from whom").add_argument
     add("--mode", choices=[*HIDDEN_LOSSES, "logits-kd", "finetune", "scratch"], default="masked-kd",
         help="what the student learns from (default: %(default)s)")
-    add("--student", default="out/prune/shallow.pt", metavar="FILE", help="a cut network of prune.py, or any "
+    add("--student", default="out/prune/shallow.pt", help="a cut network of prune.py, or any "
         "weights (default: %(default)s); unused in mode scratch")
-    add("--model", metavar="NAME", help="what --student holds, if the file does not say; in mode scratch, which "
+    add("--model", help="what --student holds, if the file does not say; in mode scratch, which "
         "network (default there: dit-tiny)")
-    add("--teacher", metavar="NAME|FILE", help="default: the network that the student was cut from")
-    add("--mask-sigma", type=float, default=2.0, metavar="K", help="mode masked-kd: L_Rep leaves out activations K "
+    add("--teacher", help="default: the network that the student was cut from")
+    add("--mask-sigma", type=float, default=2.0, help="mode masked-kd: L_Rep leaves out activations K "
         "standard deviations from the mean (default: %(default)s)")
-    add("--out", default="out/distill", metavar="DIR", help="default: %(default)s")
+    add("--out", default="out/distill", help="default: %(default)s")
     add = parser.add_argument_group("recipe (default: the model's, see model.py)").add_argument
     add("--lr", type=float, help="learning rate (ImageNet 2e-4, digits 1e-3)")
-    add("--lr-end", type=float, default=0.5, metavar="SHARE", help="of --lr at the end of its cosine (default: "
+    add("--lr-end", type=float, default=0.5, help="of --lr at the end of its cosine (default: "
         "%(default)s)")
-    add("--warmup", type=int, default=0, metavar="STEPS", help="linear warm-up of --lr (default: %(default)s)")
+    add("--warmup", type=int, default=0, help="linear warm-up of --lr (default: %(default)s)")
     add("--beta", type=float, help="weight of L_Rep at the start, falling to 0 (1e-2, SiT 2e-4)")
-    add("--ema", type=float, metavar="DECAY", help="of the averaged weights (ImageNet 0.9999, digits 0.999)")
+    add("--ema", type=float, help="of the averaged weights (ImageNet 0.9999, digits 0.999)")
     add_training_arguments(parser)
     return parser
 
@@ -246,6 +245,7 @@ def main(argv=None, parser=None):
     fill_recipe(args, MODELS[config["name"]]["distill"], len(latents))
     batches = Batches(latents, args.batch_size, args.accumulate, args.seed, args.device)
     teacher = load_teacher(args, net, config)
+    check_family(net)
     sublayers = config.get("granularity") == "sublayer"
     if sublayers:
         split_layers(net)
@@ -255,18 +255,15 @@ def main(argv=None, parser=None):
     if args.mode in HIDDEN_LOSSES:
         pairs = matched_layers(config.get("scheme"), net.depths(), teacher.depths())
     if teacher:
-        prepare(teacher, args)
+        cast_frozen(teacher, args.dtype)
     size = sum(p.numel() for p in net.parameters()) / 1e6
     say(f"{args.mode}: {config['name']}, {sum(net.depths())} layers, {size:.2f} M parameters, {args.steps} steps of "
         f"{args.batch_size}, on {args.device} in {args.dtype}")
 
-    config = config | dict(mode=args.mode)
+    config = config | latents.facts() | dict(mode=args.mode)
     average = copy.deepcopy(net).eval()  # before HiddenStates hooks into the network
     recover(net.train(), average, teacher, net.objective(), batches, pairs, args, config)
     if rank() == 0:
-        if sublayers:  # under the official keys again
-            join_layers(net)
-            join_layers(average)
         config["depth"] = net.depths()
         weights = dict(model=net.state_dict(), ema=average.state_dict())
         save_checkpoint(args.out / "student.pt", **weights, config=config, step=args.steps)

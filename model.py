@@ -1,7 +1,5 @@
 """The networks (DiT, SiT, MAR), what they are trained on, the table of models, and what every stage needs.
 
-    python model.py                                # lists the models, and which weights are on this disk
-
     net = build_model("dit-xl", depth=14)          # fresh weights; keys are those of the official releases
     net, config = load_model("dit-xl")             # the official weights (downloaded once); or ckpt=FILE
     objective = net.objective()                    # what the families differ in
@@ -124,9 +122,15 @@ def init_adaln(time_mlp, blocks, final_layer):
 
 
 class Prunable:
-    """What prune.py and distill.py ask of a network. `block_lists` names its lists of prunable layers, in order. A
-    layer is addressed by its index over all of them: MAR-Large's 0-15 are the encoder's, 16-31 the decoder's. It
-    maps (B, T, D) to (B, T, D); its other arguments have B rows too."""
+    """What prune.py and distill.py ask of a network (`check_family` in prune.py checks it).
+
+    block_lists: the names of its nn.ModuleLists of prunable layers, in order. A layer is addressed by its index over
+    all of them: MAR-Large's 0-15 are the encoder's, 16-31 the decoder's. It maps (B, T, D) to (B, T, D); its other
+    arguments are tensors of B rows. channels, input_size, classes: latents are (B, channels, input_size, input_size),
+    labels 0 to classes - 1; `classes` itself means no label. objective(): see the training objectives. The network
+    is made by keyword arguments, which shape_of(state, known) reads from its weights; known: those of the table."""
+
+    kept = None  # of a pruned network, the original index of each layer: for what depends on it, like long skips
 
     def layers(self):
         """All prunable layers, in order."""
@@ -135,6 +139,10 @@ class Prunable:
     def depths(self):
         """The number of layers in each list."""
         return [len(getattr(self, name)) for name in self.block_lists]
+
+    def original_indices(self):
+        """For each layer its index in the network before any cut."""
+        return self.kept or list(range(len(self.layers())))
 
     def replace_layers(self, layers):
         """Puts these layers, as many as there are, in the places of the present ones; None leaves one out."""
@@ -146,10 +154,12 @@ class Prunable:
     def keep_layers(self, kept):
         """Removes all layers but those with these indices, in place. IndexError if there is no such layer."""
         layers = self.layers()
+        original = self.original_indices()
         for i in kept:
             if not 0 <= i < len(layers):
                 raise IndexError(f"there is no layer {i}: the network has layers 0 to {len(layers) - 1}")
         self.replace_layers([layer if i in kept else None for i, layer in enumerate(layers)])
+        self.kept = [original[i] for i in sorted(kept)]
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -587,13 +597,13 @@ def cosine_betas(steps=1000):
 def respace(respacing, total=1000):
     """The training steps that a sampler visits: "250" evenly spread ones, both ends included; "ddim50": every 20th."""
     text = respacing or str(total)
+    strided = text.startswith("ddim")
     count = text.removeprefix("ddim")
     count = int(count) if count.isdecimal() else 0
-    if text.startswith("ddim"):
-        for stride in range(1, total):
-            steps = list(range(0, total, stride))
-            if len(steps) == count:
-                return steps
+    if strided and count:
+        steps = list(range(0, total, math.ceil(total / count)))
+        if len(steps) == count:
+            return steps
     elif 2 <= count <= total:
         stride = (total - 1) / (count - 1)
         return [round(i * stride) for i in range(count)]
@@ -862,17 +872,6 @@ def weights_of(name):
     return model_entry(name).get("weights", (f"{name}.pt", None))
 
 
-def list_models():
-    """Prints the table: name, layers, parameters, file, and whether it is on this disk."""
-    for name in MODELS:
-        with torch.device("meta"):  # shapes without memory
-            net = build_model(name)
-        size = sum(p.numel() for p in net.parameters()) / 1e6
-        file, url = weights_of(name)
-        here = "" if (ROOT / "weights" / file).exists() else "(not on this disk)"
-        print(f"{name:<10} {sum(net.depths()):>2} layers {size:>6.1f} M parameters  weights/{file} {here}")
-
-
 # ---------------------------------------------------------------------------------------------------------------
 # Skip the rest at first. Checkpoints: a dict of `model` and `ema` (weights), `config`, `step`, and what resuming
 # needs. Official files have no config: --model says what they hold, and the shape is read from the weights.
@@ -893,12 +892,21 @@ def load_model(name=None, ckpt=None, device="cpu", weights="ema"):
         config = dict(name=name)
     elif name not in (None, named):
         raise UserError(f"{path} holds {named}, not {name}; give --model {named} or another --ckpt")
-    entry = model_entry(config["name"])
-    with reading(path), torch.device("meta"):  # fresh weights would be thrown away
-        net = build_model(config["name"], **entry["family"].shape_of(state, entry["shape"]))
-        remove_missing_halves(net, state)
-        load_state(net, state, path)
+    with reading(path):
+        net = network_of(config["name"], state, config.get("layers"))
     return net.to(device).eval(), {**config, "depth": net.depths()}
+
+
+def network_of(name, state, kept=None):
+    """The network of the table's entry `name` that holds these weights, whatever its depth and width. kept: the
+    original indices of its layers."""
+    entry = model_entry(name)
+    with torch.device("meta"):  # fresh weights would be thrown away
+        net = build_model(name, **entry["family"].shape_of(state, entry["shape"]))
+    remove_missing_halves(net, state)
+    net.kept = kept
+    load_state(net, state)
+    return net.eval()
 
 
 def remove_missing_halves(net, state):
@@ -911,28 +919,15 @@ def remove_missing_halves(net, state):
                     remove_half(block, half)
 
 
-def load_state(net, state, source):
-    """Puts `state` into `net` as float32; the UserError names the keys or shapes that differ."""
-    with reading(source):
-        net.load_state_dict({key: v.float() for key, v in state.items()}, assign=True)
-
-
-# What official files store beside their weights: arguments, and numbers of numpy, whose maker has two names.
-MAKE_SCALAR = np.float64(0).__reduce__()[0]
-HARMLESS = [
-    argparse.Namespace,
-    np.dtype,
-    np.dtypes.Float64DType,
-    np.dtypes.Float32DType,
-    np.dtypes.Int64DType,
-    (MAKE_SCALAR, "numpy.core.multiarray.scalar"),
-    (MAKE_SCALAR, "numpy._core.multiarray.scalar"),
-]
+def load_state(net, state):
+    """Puts `state` into `net` as float32. RuntimeError names the keys or shapes that differ."""
+    net.load_state_dict({key: v.float() for key, v in state.items()}, assign=True)
 
 
 def read_torch(path):
     """torch.load that runs no code (weights_only) and maps the file instead of reading it."""
-    with reading(path), torch.serialization.safe_globals(HARMLESS):
+    harmless = [argparse.Namespace]  # the releases store their command line beside the weights
+    with reading(path), torch.serialization.safe_globals(harmless):
         return dict(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
 
 
@@ -982,7 +977,7 @@ def read_safetensors(path):
 def write_safetensors(path, state, config):
     """The inverse. `config` is stored as JSON in the header's metadata."""
     codes = {dtype: code for code, dtype in SAFETENSORS_TYPES.items()}
-    header = {"__metadata__": {"config": json.dumps(config)}}
+    header = {"__metadata__": {"format": "pt", "config": json.dumps(config)}}
     end = 0
     for key, v in state.items():
         start = end
@@ -1094,23 +1089,6 @@ def barrier():
         dist.barrier()
 
 
-def on_rank_0(function):
-    """function() of rank 0, on all ranks. A UserError there is raised on all."""
-    result = None
-    if rank() == 0:
-        try:
-            result = function()
-        except UserError as e:
-            result = e
-    if dist.is_initialized():
-        results = [result]
-        dist.broadcast_object_list(results)
-        result = results[0]
-    if isinstance(result, UserError):
-        raise result
-    return result
-
-
 def start_ranks(device="auto"):
     """Joins the process group if torchrun started us (nccl on CUDA, gloo on CPU); -> this rank's device."""
     if device in ("auto", "cuda"):
@@ -1217,7 +1195,3 @@ class RowGenerator:
 def make_seed(*key):
     """A tuple of whole numbers -> one well-mixed 63-bit seed (neighbouring steps get unrelated streams)."""
     return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> np.uint64(1))
-
-
-if __name__ == "__main__":
-    run_main(list_models)

@@ -40,8 +40,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from extract_latents import Batches, Latents, check_fit
 from model import (
-    HALVES, MODELS, Progress, UserError, autocast, barrier, cast_frozen, choose_dtype, load_model, make_seed, rank,
-    read_torch, remove_half, run_main, save_checkpoint, start_ranks, world_size)
+    MODELS, Progress, RowGenerator, UserError, autocast, barrier, cast_frozen, choose_dtype, load_model,
+    make_seed, network_of, rank, read_torch, remove_half, run_main, save_checkpoint, start_ranks, world_size)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Groups and their candidate masks.
@@ -258,7 +258,7 @@ def search(net, objective, batches, masks, args):
     nothing of it) would add noise to the comparison of the masks."""
     torch.manual_seed(make_seed(args.seed, 2))  # LoRA's A
     delta = add_delta_w(net, args.delta_w)
-    prepare(net, args)
+    cast_frozen(net, args.dtype)
     layers = [MaskedLayer(block) for block in net.layers()]
     net.replace_layers(layers)  # from now on net(x, ...) is the masked network
     average = copy.deepcopy(masks).requires_grad_(False)  # the moving average of the logits, which decides
@@ -330,10 +330,12 @@ def calibration_loss(net, objective, fixed, dtype=torch.float32):
 def keeping(net, kept):
     """In here the network has only these layers."""
     lists = {name: getattr(net, name) for name in net.block_lists}
+    before = net.kept
     net.keep_layers(kept)
     try:
         yield
     finally:
+        net.kept = before
         for name, blocks in lists.items():
             setattr(net, name, blocks)
 
@@ -488,6 +490,38 @@ def check_kept(kept, scheme):
     return kept
 
 
+@torch.no_grad()
+def check_family(net):
+    """Checks, before a long run relies on it, that a network does what `Prunable` asks (model.py): a masked layer is
+    a cut layer, and what is saved is what is loaded. All in a few forward passes; no weight is copied."""
+    device = next(net.parameters()).device
+    layers = net.layers()
+    others = [i for i in range(len(layers)) if i != 1]
+    try:
+        objective = net.objective()
+        rng = RowGenerator((0,), 0, 2, 2, device)
+        x = rng.normal(net.channels, net.input_size, net.input_size)
+        batch = objective.make_batch(x, torch.zeros(2, dtype=torch.long, device=device), rng)
+
+        masks = torch.ones(2, len(layers), device=device)
+        masks[:, 1] = 0
+        masked = [MaskedLayer(block) for block in layers]
+        net.replace_layers(masked)
+        set_masks(masked, masks)
+        expected = objective.predict(net, batch)
+        net.replace_layers(layers)
+        with keeping(net, others):
+            cut = objective.predict(net, batch)
+            loaded = network_of(net.name, net.state_dict(), net.kept)
+        loaded = objective.predict(loaded, batch)
+    except Exception as e:
+        raise UserError(f"{type(net).__name__} lacks something that `Prunable` in model.py asks for: {e!r}") from e
+    for what, out in (("cut", cut), ("saved and loaded", loaded)):
+        if not torch.allclose(out, expected, rtol=1e-3, atol=1e-4):
+            raise UserError(f"{type(net).__name__} without layer 1 is another network when it is {what} than when the "
+                            "layer is masked; does it use the layers' original_indices()?")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The cut. With --granularity sublayer a layer is half a block, an attention or an MLP.
 
@@ -498,16 +532,15 @@ def prune_layers(args, scheme, kept):
     if args.granularity == "sublayer":
         split_layers(net)
     net.keep_layers(kept)
-    if args.granularity == "sublayer":
-        join_layers(net)
     config = dict(
-        name=old["name"], depth=net.depths(), kept=kept, scheme=[list(group) for group in scheme],
+        name=old["name"], depth=net.depths(), kept=kept, layers=net.kept, scheme=[list(group) for group in scheme],
         granularity=args.granularity, parent=args.ckpt or old["name"], criterion=args.criterion)
     return net, config
 
 
 def split_layers(net):
-    """From now on the network's layers are halves of blocks: an attention, then its MLP. The output stays the same."""
+    """From now on the network's layers are halves of blocks: an attention, then its MLP. The output stays the same.
+    They stay halves in files, too: `network_of` (model.py) sees from the weights what a block has."""
     for name in net.block_lists:
         layers = []
         for block in getattr(net, name):
@@ -519,76 +552,38 @@ def split_layers(net):
                 remove_half(block, "attn")
                 layers += [attention, block]
         setattr(net, name, nn.ModuleList(layers))
-
-
-def join_layers(net):
-    """An attention with an MLP right behind it becomes a block again, under the official keys."""
-    for name in net.block_lists:
-        layers = []
-        for block in getattr(net, name):
-            if block.attn is None and layers and layers[-1].mlp is None:
-                add_mlp(layers[-1], block)
-            else:
-                layers.append(block)
-        setattr(net, name, nn.ModuleList(layers))
-
-
-def add_mlp(block, other):
-    """Puts the MLP of the half block `other` into the half block `block`, an attention."""
-    for name in ("mlp", HALVES["mlp"]):
-        setattr(block, name, getattr(other, name))
-    if hasattr(block, "adaLN_modulation"):
-        linear = block.adaLN_modulation[1]
-        modulation_of_mlp = other.adaLN_modulation[1]
-        linear.weight = nn.Parameter(torch.cat([linear.weight.data, modulation_of_mlp.weight.data]))
-        linear.bias = nn.Parameter(torch.cat([linear.bias.data, modulation_of_mlp.bias.data]))
-        linear.out_features = len(linear.bias)
+    net.kept = None  # halves have another numbering
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The picture.
 
-COLOURS = np.array([(31, 119, 180), (214, 39, 40), (44, 160, 44), (148, 103, 189)])
-
-
-def draw_decision(out, scheme):
-    """decision.png from log.jsonl: a row for each layer, time to the right; darker means more certain to be kept."""
+def draw_decision(out):
+    """decision.png from log.jsonl: a row for each layer, time to the right; the darker, the likelier to be kept."""
     lines = [line for line in read_log(out) if "kept" in line]
     if not lines:
         return
-    colours = []  # of the layers: neighbouring groups differ
-    for g, (_, m) in enumerate(scheme):
-        colours += [COLOURS[g % len(COLOURS)]] * m
-    depth = len(colours)
-    darkness = np.zeros((depth, len(lines)))
-    for j, line in enumerate(lines):
-        for i in line["kept"]:
-            darkness[i, j] = line["confidence"][i]
-    pixels = 255 - (255 - np.array(colours)[:, None]) * darkness[..., None]  # (layers, lines, 3)
-
+    probability = np.array([line["confidence"] for line in lines]).T  # (layers, lines)
     row = 22  # pixels
     column = min(28, max(6, 840 // len(lines)))
-    pixels = pixels.astype(np.uint8).repeat(row, axis=0).repeat(column, axis=1)
-    height, width, _ = pixels.shape
+    shades = (255 * (1 - probability)).astype(np.uint8)
+    shades = shades.repeat(row, axis=0).repeat(column, axis=1)
+    height, width = shades.shape
+
+    image = Image.new("L", (max(width + 190, 600), height + 80), "white")
     left, top = 80, 34
-    image = Image.new("RGB", (max(left + width + 100, 680), top + height + 46), "white")
-    image.paste(Image.fromarray(pixels), (left, top))
+    image.paste(Image.fromarray(shades), (left, top))
     draw = ImageDraw.Draw(image)
     draw.font = ImageFont.load_default(14)
-    draw.text((left, 10), "layers that the search keeps; darker: more certain to be kept", fill="black")
-    for i in range(depth):
+    draw.text((left, 10), "which layers the search keeps; darker: more likely to be kept", fill="black")
+    for i, p in enumerate(probability[:, -1]):
         y = top + row * i
         draw.line([(left, y), (left + width, y)], fill="white", width=4)
+        text = f"keep {100 * p:.0f} %" if i in lines[-1]["kept"] else ""
         draw.text((left - 8, y + row / 2), f"layer {i}", fill="black", anchor="rm")
-        if darkness[i, -1]:
-            text = f"keep {100 * darkness[i, -1]:.0f} %"
-            draw.text((left + width + 8, y + row / 2), text, fill="black", anchor="lm")
-    for first, _, _ in groups_of(scheme):
-        y = top + row * first
-        draw.line([(left - 70, y), (left + width + 80, y)], fill="#bbbbbb")
-    below = top + height + 8
-    draw.text((left, below), f"step {lines[0]['step']}", fill="black")
-    draw.text((left + width, below), f"step {lines[-1]['step']}", fill="black", anchor="ra")
+        draw.text((left + width + 8, y + row / 2), text, fill="black", anchor="lm")
+    draw.text((left, top + height + 8), f"step {lines[0]['step']}", fill="black")
+    draw.text((left + width, top + height + 8), f"step {lines[-1]['step']}", fill="black", anchor="ra")
     image.save(out / "decision.png")
 
 
@@ -605,19 +600,19 @@ def make_parser():
     description = __doc__.split("\n\nRead top")[0]
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument_group("what to cut, and how to choose").add_argument
-    add("--model", metavar="NAME", help="the network to prune (default: dit-tiny, or what --ckpt holds)")
-    add("--ckpt", metavar="FILE", help="its weights, instead of the official ones; or a student, to prune again")
+    add("--model", help=f"one of {', '.join(MODELS)} (default: dit-tiny, or what --ckpt holds)")
+    add("--ckpt", help="its weights, instead of the official ones; or a student, to prune again")
     add("--scheme", default="1:2", help="keep N of each M neighbouring layers; or a list, 3:4,2:4,... with one entry "
         "for each group (default: %(default)s)")
     add("--granularity", choices=["block", "sublayer"], default="block", help="what a layer is: a whole block, or its "
         "attention and its MLP each, twice as many (default: %(default)s)")
     add("--criterion", choices=CRITERIA, default="learned", help="how to choose (default: %(default)s)")
-    add("--layers", type=layer_list, metavar="I,J,...", help="criterion indices: the layers to keep, from 0")
-    add("--candidates", type=int, default=1000, metavar="N", help="criterion lowest-loss: all cuts if they are so few, "
+    add("--layers", type=layer_list, help="criterion indices: the layers to keep, from 0")
+    add("--candidates", type=int, default=1000, help="criterion lowest-loss: all cuts if they are so few, "
         "else so many random ones (default: %(default)s)")
     add("--delta-w", choices=["lora", "full", "frozen"], default="lora", help="criterion learned: what is trained with "
         "the masks (default: %(default)s)")
-    add("--out", default="out/prune", metavar="DIR", help="default: %(default)s")
+    add("--out", default="out/prune", help="default: %(default)s")
     add_training_arguments(parser)
     return parser
 
@@ -638,6 +633,7 @@ def main(argv=None, parser=None):
         scheme = oracle_scheme(parse_scheme(args.scheme, net.depths()), net.depths())
     else:
         scheme = parse_scheme(args.scheme, net.depths())
+    check_family(net)
     objective = net.objective()
     batches = None
     if args.criterion not in NEED_NO_LATENTS or Path(args.latents, "meta.json").exists():
@@ -658,8 +654,10 @@ def main(argv=None, parser=None):
         # The DiT release's scripts look for `ema`. torch stores the same tensors once.
         weights = shallow.state_dict()
         config["calibration_loss"] = loss
+        if batches:
+            config |= latents.facts()
         save_checkpoint(args.out / "shallow.pt", model=weights, ema=weights, config=config, step=0)
-        draw_decision(args.out, scheme)
+        draw_decision(args.out)
     size = sum(p.numel() for p in shallow.parameters()) / 1e6
     measured = "not measured (no latents)" if loss is None else f"{loss:.4f}"
     say(f"keep layers {' '.join(map(str, kept))} of {sum(net.depths())}; {size:.2f} M parameters; "
@@ -684,25 +682,24 @@ def oracle_scheme(scheme, depths):
 def add_training_arguments(parser):
     """The flags that prune.py and distill.py share."""
     add = parser.add_argument_group("training").add_argument
-    add("--latents", default="out/latents", metavar="DIR", help="written by extract_latents.py (default: %(default)s)")
-    add("--batch-size", type=int, metavar="N", help="global batch, shared out over ranks (default: the recipe's)")
-    add("--steps", type=int, metavar="N", help="optimiser steps of the whole run (default: the recipe's)")
-    add("--seed", type=int, default=0, metavar="N", help="of everything drawn (default: %(default)s)")
+    add("--latents", default="out/latents", help="written by extract_latents.py (default: %(default)s)")
+    add("--batch-size", type=int, help="global batch, shared out over ranks (default: the recipe's)")
+    add("--steps", type=int, help="optimiser steps of the whole run (default: the recipe's)")
+    add("--seed", type=int, default=0, help="of everything drawn (default: %(default)s)")
     add("--resume", choices=["auto", "never"], default="auto", help="auto goes on from the newest step-*.pt of --out, "
         "if there is one; never starts anew (default: %(default)s)")
-    add("--save-every", type=int, metavar="STEPS", help="between step-*.pt checkpoints (default: the recipe's)")
-    add("--log-every", type=int, default=20, metavar="STEPS", help="between log lines (default: %(default)s)")
+    add("--save-every", type=int, help="between step-*.pt checkpoints (default: the recipe's)")
+    add("--log-every", type=int, default=20, help="between log lines (default: %(default)s)")
     add = parser.add_argument_group("machine").add_argument
     add("--device", default="auto", help="cpu, cuda, cuda:1; auto takes a GPU if there is one")
     add("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="of the forward pass; auto: bfloat16 "
         "where the hardware has it")
-    add("--accumulate", type=int, default=1, metavar="N", help="split each rank's batch in N, to save memory "
+    add("--accumulate", type=int, default=1, help="split each rank's batch in N, to save memory "
         "(default: %(default)s)")
-    add("--compile", action="store_true", help="torch.compile every block; CUDA only")
 
 
 # Flags that a resumed run may change. All others are stored in its checkpoints and compared.
-FREE = ("out", "latents", "resume", "save_every", "log_every", "device", "dtype", "accumulate", "compile")
+FREE = ("out", "latents", "resume", "save_every", "log_every", "device", "dtype", "accumulate")
 
 
 def start_run(args):
@@ -710,8 +707,6 @@ def start_run(args):
     args.device = start_ranks(args.device)
     args.dtype = choose_dtype(args.dtype, args.device)
     args.out = Path(args.out)
-    if args.compile and args.device.type == "cpu":
-        raise UserError("--compile is for CUDA: on the CPU, torch 2.13 compiles wrong gradients here; leave it out")
     if rank() == 0:
         args.out.mkdir(parents=True, exist_ok=True)
         for left_by_a_kill in args.out.glob(".*.tmp"):
@@ -729,14 +724,6 @@ def fill_recipe(args, recipe, images):
             setattr(args, key, value)
     if args.steps is None:
         args.steps = max(1, round(recipe["epochs"] * images / args.batch_size))
-
-
-def prepare(net, args):
-    """Makes a network fast: what is not trained is in --dtype; blocks are compiled if --compile is given."""
-    cast_frozen(net, args.dtype)
-    if args.compile:
-        for block in net.layers():
-            block.compile()
 
 
 def checkpoints(out):
