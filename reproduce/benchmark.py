@@ -16,16 +16,17 @@ import time
 from functools import partial
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 import engine  # noqa: F401  first: it makes the stages importable
 import distill
 import prune
-from model import RowGenerator, autocast, build_model
+from model import RowGenerator, autocast, build_model, cast_frozen
 from table import markdown
 
 
 class Enough(Exception):
-    pass
+    """A training loop has run for long enough."""
 
 
 def now():
@@ -45,22 +46,6 @@ def in_turn(functions, rounds):
     return {name: statistics.median(found[1:]) for name, found in times.items()}  # the first round warms up
 
 
-def step_of(train, net, x, y):
-    """Seconds of a step of train(net, batches), the median of the last of five."""
-    starts = []
-
-    def batches(step, part):
-        starts.append(now())
-        if step == 5:
-            raise Enough
-        return x, y, RowGenerator((0, step), 0, len(x), len(x), x.device)
-
-    try:
-        train(copy.deepcopy(net), batches)
-    except Enough:
-        return statistics.median(b - a for a, b in zip(starts[1:], starts[2:]))
-
-
 def main():
     flags = f"--model dit-s --batch-size 16 --dtype float32 --out {tempfile.mkdtemp()}"
     flags += " --lr 1e-4 --beta 0.01 --ema 0.999 --steps 1000 --save-every 1000 --log-every 1000"
@@ -78,9 +63,24 @@ def main():
     objective = net.objective()
     batch = objective.make_batch(x, y, RowGenerator((0, 0), 0, len(x), len(x), args.device))
 
+    def step_of(train, network):
+        """Seconds of a step of train(network, batches), the median of the last of five."""
+        starts = []
+
+        def batches(step, part):
+            starts.append(now())
+            if step == 5:
+                raise Enough
+            return x, y, RowGenerator((0, step), 0, len(x), len(x), args.device)
+
+        try:
+            train(copy.deepcopy(network), batches)
+        except Enough:
+            return statistics.median(b - a for a, b in zip(starts[1:], starts[2:]))
+
     def frozen(network):
         network = copy.deepcopy(network).requires_grad_(False)
-        prune.prepare(network, args)
+        cast_frozen(network, args.dtype)
         return network
 
     def forward(network):
@@ -99,14 +99,17 @@ def main():
         distill.recover(student, average, teacher, objective, batches, pairs, args, {})
 
     teacher = frozen(net)
+    with FlopCounterMode(display=False) as counter:
+        forward(teacher)
+    print(f"forward pass of one image: {counter.get_total_flops() / 2e9 / len(x):.1f} billion multiply-adds\n")
     functions = {
         "forward pass, all layers": partial(forward, teacher),
         "forward pass, half": partial(forward, frozen(half)),
-        "masked-KD step": partial(step_of, recovery, half, x, y),
+        "masked-KD step": partial(step_of, recovery, half),
     }
     layers = dict(formula=prune.DenseMaskedLayer, fast=prune.MaskedLayer)
     for delta_w, (name, layer) in itertools.product(("lora", "full"), layers.items()):
-        functions[f"search step, {delta_w}, {name}"] = partial(step_of, partial(search, delta_w, layer), net, x, y)
+        functions[f"search step, {delta_w}, {name}"] = partial(step_of, partial(search, delta_w, layer), net)
     times = in_turn(functions, rounds=3)
     whole = times["forward pass, all layers"]
     times["least of a masked-KD step"] = whole + 3 * times["forward pass, half"]

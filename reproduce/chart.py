@@ -1,14 +1,15 @@
-"""A chart with logarithmic axes: lines, dots and words. report.py draws with it."""
+"""A chart with logarithmic axes: lines, dots and words. report.py draws with it; by itself it draws a run's losses.
+
+    python reproduce/chart.py out/distill       # log.jsonl -> loss.png
+"""
+import json
 import math
+import sys
+from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-BLUE = "#1f77b4"
-RED = "#d62728"
-GREEN = "#2ca02c"
-PURPLE = "#9467bd"
-ORANGE = "#ff7f0e"
-GREY = "#999999"
+COLOURS = ["#1f77b4", "#d62728", "#2ca02c", "#ff7f0e", "#9467bd", "#999999"]
 LEFT = 110  # the place for data in a picture of 1100 x 720
 RIGHT = 1070
 TOP = 96
@@ -33,11 +34,11 @@ class Chart:
         self.draw.text((590, 686), x_name, "black", anchor="ma")
         self.draw.text((12, 76), y_name, "black", anchor="lm")
         for value in x_ticks:
-            self.draw.text((self.x(value), BOTTOM + 10), str(value), "black", anchor="ma")
+            self.draw.text((self.x(value), BOTTOM + 10), f"{value:.4g}", "black", anchor="ma")
         for value in y_ticks:
             y = self.y(value)
             self.draw.line([(LEFT, y), (RIGHT, y)], "#dddddd")
-            self.draw.text((LEFT - 8, y), str(value), "black", anchor="rm")
+            self.draw.text((LEFT - 8, y), f"{value:.4g}", "black", anchor="rm")
 
     def x(self, value):
         return LEFT + (RIGHT - LEFT) * share(value, self.x_ticks)
@@ -61,3 +62,33 @@ class Chart:
         """colours: {text: colour}."""
         for i, (text, colour) in enumerate(colours.items()):
             self.draw.text((x, TOP + 14 + 28 * i), text, colour)
+
+
+def draw_curves(title, x_name, y_name, x_ticks, y_ticks, curves):
+    """curves: {name: points}."""
+    chart = Chart(title, x_name, y_name, x_ticks, y_ticks)
+    colours = dict(zip(curves, COLOURS))
+    for name, points in curves.items():
+        chart.line(points, colours[name])
+    chart.legend(colours, x=640)
+    return chart
+
+
+def main():
+    folder = Path(sys.argv[1])
+    curves = {}
+    for text in (folder / "log.jsonl").read_text().splitlines():
+        line = json.loads(text)
+        for name in ("loss", "diffusion", "kd", "rep"):
+            if 0 < line.get(name, 0) < math.inf:
+                curves.setdefault(name, []).append((line["step"], line[name]))
+    ends = [curves["loss"][0][0], curves["loss"][-1][0]]
+    values = [value for points in curves.values() for _, value in points]
+    low = min(values)
+    y_ticks = [low * (max(values) / low) ** (k / 5) for k in range(6)]
+    chart = draw_curves(f"Losses of {folder}", "step", "loss", ends, y_ticks, curves)
+    chart.image.save(folder / "loss.png")
+
+
+if __name__ == "__main__":
+    main()

@@ -24,7 +24,7 @@ import ideas  # noqa: F401  it adds its criteria to those of prune.py
 from benchmark import in_turn
 from engine import ROOT, Step, slug
 from model import RowGenerator, load_model
-from report import FREE, LEARNED, RESULTS, lowest, number, one_of_each
+from report import FREE, LEARNED, RESULTS, lowest, number, one_of_each, stored
 from table import facts_of
 
 OUT = Path("out/experiments")
@@ -327,7 +327,7 @@ def known():
     """All finished rows."""
     rows = []
     for kind in FIELDS:
-        rows += [dict(kind=kind) | row for row in json.loads((RESULTS / f"{kind}.json").read_text())["rows"]]
+        rows += [dict(kind=kind) | row for row in stored(kind)]
     rows += [json.loads(file.read_text()) for file in sorted(OUT.glob("*.json"))]
     return list({name(row): row for row in rows}.values())
 

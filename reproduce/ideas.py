@@ -68,7 +68,7 @@ def greedy(net, objective, batches, scheme, args):
     return kept
 
 
-def train(net, objective, batches, steps, optimizer, args, prepare=None):
+def train(net, objective, batches, steps, optimizer, args, prepare=lambda rng: None):
     """A few steps on the objective's loss. prepare(rng): what is to be done before each."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     wait_for_gradients = prune.sum_gradients_over_ranks(parameters, args.accumulate)
@@ -76,8 +76,7 @@ def train(net, objective, batches, steps, optimizer, args, prepare=None):
         for part in range(args.accumulate):
             x, y, rng = batches(step, part)
             batch = objective.make_batch(x, y, rng)
-            if prepare:
-                prepare(rng)
+            prepare(rng)
             loss = objective.loss(objective.predict(net, batch), batch).sum() / args.batch_size
             loss.backward()
         wait_for_gradients()

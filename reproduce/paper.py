@@ -141,7 +141,6 @@ def values_of(args):
         values[name] = sizes.split() if name == "paper" else int(sizes.split()[args.scale])
     steps = args.steps or values["steps"]
     long = steps * values["long"] // values["steps"]
-    values["images"] = args.images or values["images"]
     values["mar_steps"] = args.steps or values["mar_steps"]
     values["short"] = f"--steps {steps}"
     values["long"] = f"--steps {long} --save-every {long // 5} --keep 9"
@@ -204,9 +203,8 @@ def main():
     add("--gpus", type=int, default=1, help="on this machine (default: %(default)s)")
     add("--latents", default="out/latents", help="default: %(default)s; for MAR: the same with -kl16")
     add("--steps", type=int, help="of each recovery (default: the table's)")
-    add("--images", type=int, help="to draw for each row (default: the table's)")
     for stage in ("extract", "prune", "distill", "sample"):
-        add(f"--{stage}", default="", metavar="FLAGS", help='more flags: --distill="--seed 1 --compile"')
+        add(f"--{stage}", default="", metavar="FLAGS", help='more flags: --distill="--seed 1 --accumulate 2"')
     add("--out", type=Path, default=Path("out/paper"), help="default: %(default)s")
     args = parser.parse_args()
     os.chdir(ROOT)

@@ -20,7 +20,7 @@ from statistics import geometric_mean, mean, median, stdev
 
 from scipy.stats import spearmanr
 
-from chart import BLUE, GREEN, GREY, ORANGE, PURPLE, RED, Chart
+from chart import COLOURS, Chart, draw_curves
 from table import markdown
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -84,10 +84,6 @@ def lowest(scores):
 
 def rank_of(kept, scores):
     return 1 + sum(score < scores[kept] for score in scores.values())
-
-
-def mean_of(scores, cuts):
-    return mean(scores[kept] for kept in cuts)
 
 
 def correlation(cuts, a, b):
@@ -215,8 +211,8 @@ def decisive():
     for a in range(0, 12, 2):
         one = [kept for kept in found if str(a) in kept.split()]
         other = [kept for kept in found if kept not in one]
-        fds = [mean_of(found, one), mean_of(found, other)]
-        after = [mean_of(loss, one), mean_of(loss, other)]
+        fds = [mean(map(found.get, one)), mean(map(found.get, other))]
+        after = [mean(map(loss.get, one)), mean(map(loss.get, other))]
         sure = [100 * row["confidence"][a] for row in searched]
         loss_right += (after[0] < after[1]) == (fds[0] < fds[1])
         search_right += (mean(sure) > 50) == (fds[0] < fds[1])
@@ -450,21 +446,20 @@ def fill(page):
 
 
 def draw_space():
-    """What becomes of a cut, against the loss right after it."""
+    """What becomes of a cut, against the loss right after it; by whether it keeps 4 or 5, and 10 or 11."""
     loss = losses()
     grid = one_of_each(loss)
     found = distances(loss)
     title = "dit-tiny, 12 layers -> 6: what becomes of a cut in 100 steps of recovery"
     x_name = "loss right after the cut (both axes logarithmic)"
     chart = Chart(title, x_name, "Frechet distance", [0.15, 0.2, 0.5, 1, 2], [0.8, 1, 2, 5, 10, 12])
-    free = "not 1:2"
-    colours = {"keeps 4 11": BLUE, "keeps 4 10": ORANGE, "keeps 5 11": PURPLE, "keeps 5 10": GREY, free: GREEN}
+    colours = dict(zip(("4 11", "not 1:2", "4 10", "5 11", "5 10"), COLOURS))
     for kept, distance in found.items():
         pair = " ".join(layer for layer in kept.split() if layer in ("4", "5", "10", "11"))
-        chart.dot(loss[kept], distance, colours[f"keeps {pair}" if kept in grid else free])
+        chart.dot(loss[kept], distance, colours[pair if kept in grid else "not 1:2"])
     names = special_cuts(loss, choices(criterion="learned", seed=0))
     for i, (kept, what) in enumerate(names.items()):
-        chart.dot(loss[kept], found[kept], RED, ", ".join(what), below=30 - 15 * i)
+        chart.dot(loss[kept], found[kept], "black", ", ".join(what), below=30 - 15 * i)
     chart.legend(colours, x=130)
     return chart
 
@@ -474,15 +469,15 @@ def draw_length():
     cuts = {
         "worst of 1:2": "1 2 5 6 9 10", "median loss of all 924": "1 3 4 7 9 10", "learned, 1:2": LEARNED,
         "lowest loss of 1:2": "1 2 4 7 9 11", "lowest loss of all 924": "0 1 2 3 4 7"}
-    colours = dict(zip(cuts, (GREY, ORANGE, RED, BLUE, GREEN)))
+    lengths = [25, 100, 400, 800, 1600]
+    curves = {}
+    for what, kept in cuts.items():
+        for steps in lengths:
+            for fd in recovered(kept, steps, seed=0):
+                label(curves, f"{what}: {kept}", (steps, fd))
     title = "dit-tiny, 12 layers -> 6: what a longer recovery makes of a cut"
     x_name = "steps of recovery, each dot a run of its own (both axes logarithmic)"
-    chart = Chart(title, x_name, "Frechet distance", [25, 100, 400, 800, 1600], [0.5, 1, 2, 5, 10, 20])
-    for what, kept in cuts.items():
-        points = [(steps, recovered(kept, steps, seed=0)) for steps in (25, 100, 400, 800, 1600)]
-        chart.line([(steps, fds[0]) for steps, fds in points if fds], colours[what])
-    chart.legend(colours, x=640)
-    return chart
+    return draw_curves(title, x_name, "Frechet distance", lengths, [0.5, 1, 2, 5, 10, 20], curves)
 
 
 def main():
