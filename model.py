@@ -1,7 +1,5 @@
 """The networks (DiT, SiT, MAR), what they are trained on, the table of models, and what every stage needs.
 
-    python model.py                                # lists the models, and which weights are on this disk
-
     net = build_model("dit-xl", depth=14)          # fresh weights; keys are those of the official releases
     net, config = load_model("dit-xl")             # the official weights (downloaded once); or ckpt=FILE
     objective = net.objective()                    # what the families differ in
@@ -15,7 +13,6 @@ follows it at first: checkpoints, downloads, ranks, progress, seeded random numb
 import argparse
 import contextlib
 import datetime
-import hashlib
 import json
 import math
 import os
@@ -41,13 +38,13 @@ ROOT = Path(__file__).resolve().parent
 class Attention(nn.Module):
     """Multi-head self-attention, (B, T, D) -> (B, T, D); names as in timm, which all three releases use."""
 
-    def __init__(self, width: int, heads: int, dropout: float = 0.0):
+    def __init__(self, width, heads, dropout=0.0):
         super().__init__()
         if width % heads:
             raise ValueError(f"a width of {width} is not a multiple of {heads} heads")
         self.heads = heads
         self.dropout = dropout
-        self.qkv = nn.Linear(width, 3 * width)
+        self.qkv = nn.Linear(width, 3 * width)  # queries, keys, values
         self.proj = nn.Linear(width, width)
         self.proj_drop = nn.Dropout(dropout)
 
@@ -65,7 +62,7 @@ class Attention(nn.Module):
 class Mlp(nn.Module):
     """Two linear layers with a GELU between them: tanh-approximated in DiT and SiT, exact in MAR."""
 
-    def __init__(self, width: int, hidden: int, approximate: str, dropout: float = 0.0):
+    def __init__(self, width, hidden, approximate, dropout=0.0):
         super().__init__()
         self.fc1 = nn.Linear(width, hidden)
         self.act = nn.GELU(approximate=approximate)
@@ -80,7 +77,7 @@ class Mlp(nn.Module):
 class TimestepEmbedder(nn.Module):
     """Times (N,), any real numbers -> (N, D): 256 cosines and sines, then an MLP."""
 
-    def __init__(self, width: int):
+    def __init__(self, width):
         super().__init__()
         self.mlp = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
 
@@ -88,27 +85,27 @@ class TimestepEmbedder(nn.Module):
         exponents = torch.arange(128, dtype=torch.float32, device=t.device) / 128
         frequencies = torch.exp(-math.log(10000) * exponents)
         angles = t[:, None].float() * frequencies  # (N, 128), in float32 also under autocast
-        return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=1))
+        return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=1))  # (N, D)
 
 
 def modulate(x, shift, scale):
     return x * (1 + scale) + shift
 
 
-def sincos_table(width: int, grid: int) -> torch.Tensor:
+def sincos_table(width, grid):
     """Fixed 2-D position table (1, grid * grid, width): half of the channels for the column, half for the row."""
     exponents = torch.arange(width // 4, dtype=torch.float64) / (width / 4)
     frequencies = 1 / 10000**exponents
-    position = torch.arange(grid * grid)
+    position = torch.arange(grid * grid)  # row by row
     column = (position % grid).double()
     row = (position // grid).double()
     column = torch.outer(column, frequencies)  # (T, width / 4)
     row = torch.outer(row, frequencies)
-    table = torch.cat([column.sin(), column.cos(), row.sin(), row.cos()], dim=1)
+    table = torch.cat([column.sin(), column.cos(), row.sin(), row.cos()], dim=1)  # (T, width)
     return table.float()[None]
 
 
-def init_linear(module: nn.Module):
+def init_linear(module):
     if isinstance(module, nn.Linear):
         nn.init.xavier_uniform_(module.weight)
         nn.init.zeros_(module.bias)
@@ -125,32 +122,44 @@ def init_adaln(time_mlp, blocks, final_layer):
 
 
 class Prunable:
-    """What prune.py and distill.py ask of a network. `block_lists` names its lists of prunable layers, in order. A
-    layer is addressed by its index over all of them: MAR-Large's 0-15 are the encoder's, 16-31 the decoder's. It
-    maps (B, T, D) to (B, T, D); its other arguments have B rows too."""
+    """What prune.py and distill.py ask of a network (`check_family` in prune.py checks it).
 
-    def layers(self) -> list:
+    block_lists: the names of its nn.ModuleLists of prunable layers, in order. A layer is addressed by its index over
+    all of them: MAR-Large's 0-15 are the encoder's, 16-31 the decoder's. It maps (B, T, D) to (B, T, D); its other
+    arguments are tensors of B rows. channels, input_size, classes: latents are (B, channels, input_size, input_size),
+    labels 0 to classes - 1; `classes` itself means no label. objective(): see the training objectives. The network
+    is made by keyword arguments, which shape_of(state, known) reads from its weights; known: those of the table."""
+
+    kept = None  # of a pruned network, the original index of each layer: for what depends on it, like long skips
+
+    def layers(self):
         """All prunable layers, in order."""
         return [block for name in self.block_lists for block in getattr(self, name)]
 
-    def depths(self) -> list:
+    def depths(self):
         """The number of layers in each list."""
         return [len(getattr(self, name)) for name in self.block_lists]
 
-    def replace_layers(self, layers: list):
+    def original_indices(self):
+        """For each layer its index in the network before any cut."""
+        return self.kept or list(range(len(self.layers())))
+
+    def replace_layers(self, layers):
         """Puts these layers, as many as there are, in the places of the present ones; None leaves one out."""
         remaining = iter(layers)
         for name in self.block_lists:
             new = [next(remaining) for _ in getattr(self, name)]
             setattr(self, name, nn.ModuleList(layer for layer in new if layer is not None))
 
-    def keep_layers(self, kept: list):
+    def keep_layers(self, kept):
         """Removes all layers but those with these indices, in place. IndexError if there is no such layer."""
         layers = self.layers()
+        original = self.original_indices()
         for i in kept:
             if not 0 <= i < len(layers):
                 raise IndexError(f"there is no layer {i}: the network has layers 0 to {len(layers) - 1}")
         self.replace_layers([layer if i in kept else None for i, layer in enumerate(layers)])
+        self.kept = [original[i] for i in sorted(kept)]
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -160,7 +169,7 @@ class Prunable:
 class DiTBlock(nn.Module):
     """A transformer block whose LayerNorms are shifted, scaled and gated by the condition c (adaLN-Zero)."""
 
-    def __init__(self, width: int, heads: int):
+    def __init__(self, width, heads):
         super().__init__()
         self.norm1 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
         self.attn = Attention(width, heads)
@@ -185,7 +194,7 @@ class DiTBlock(nn.Module):
 class FinalLayer(nn.Module):
     """Features (..., D), modulated by a condition that broadcasts with them -> outputs (..., out)."""
 
-    def __init__(self, width: int, out: int):
+    def __init__(self, width, out):
         super().__init__()
         self.norm_final = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
         self.linear = nn.Linear(width, out)
@@ -213,9 +222,10 @@ class DiT(nn.Module, Prunable):
         self.t_embedder = TimestepEmbedder(width)
         labels = nn.Embedding(classes + 1, width)  # the last label means "no label"
         self.y_embedder = nn.ModuleDict(dict(embedding_table=labels))
+        # In the state dict, as the release's is, though it is never trained.
         self.register_buffer("pos_embed", sincos_table(width, input_size // patch))
         self.blocks = nn.ModuleList(DiTBlock(width, heads) for _ in range(depth))
-        self.final_layer = FinalLayer(width, patch * patch * 2 * channels)
+        self.final_layer = FinalLayer(width, patch * patch * 2 * channels)  # noise and variance of each pixel
 
         self.apply(init_linear)
         nn.init.xavier_uniform_(self.x_embedder.proj.weight.data.flatten(1))
@@ -224,7 +234,7 @@ class DiT(nn.Module, Prunable):
         init_adaln(self.t_embedder.mlp, self.blocks, self.final_layer)
 
     @staticmethod
-    def shape_of(state: dict, known: dict) -> dict:
+    def shape_of(state, known):
         """The shape of the network that these weights belong to. known: what they cannot say, the heads."""
         width, channels, patch, _ = state["x_embedder.proj.weight"].shape
         grid = math.isqrt(state["pos_embed"].shape[1])
@@ -249,7 +259,7 @@ class DiT(nn.Module, Prunable):
         p = self.patch
         grid = self.input_size // p
         x = x.view(B, grid, grid, p, p, 2 * self.channels)
-        x = torch.einsum("bhwpqc->bchpwq", x)
+        x = torch.einsum("bhwpqc->bchpwq", x)  # (B, 2C, grid, p, grid, p)
         return x.reshape(B, 2 * self.channels, grid * p, grid * p)
 
     def objective(self):
@@ -267,7 +277,7 @@ class SiT(DiT):
         return VelocityObjective(self)
 
 
-def count_blocks(state: dict, name: str) -> int:
+def count_blocks(state, name):
     """The number of blocks in a list, from the names of the weights: "blocks.11.attn.qkv.weight" is of the 12th."""
     prefix = f"{name}."
     keys = [key.removeprefix(prefix) for key in state if key.startswith(prefix)]
@@ -278,7 +288,7 @@ def count_blocks(state: dict, name: str) -> int:
 HALVES = dict(attn="norm1", mlp="norm2")  # each with the LayerNorm before it
 
 
-def remove_half(block: nn.Module, half: str):
+def remove_half(block, half):
     """Takes the attention ("attn") or the MLP ("mlp") out of a DiTBlock or MarBlock, in place."""
     setattr(block, half, None)
     setattr(block, HALVES[half], None)
@@ -299,7 +309,7 @@ def remove_half(block: nn.Module, half: str):
 class MarBlock(nn.Module):
     """The plain pre-norm ViT block, with dropout."""
 
-    def __init__(self, width: int, heads: int, dropout: float):
+    def __init__(self, width, heads, dropout):
         super().__init__()
         self.norm1 = nn.LayerNorm(width, eps=1e-6)
         self.attn = Attention(width, heads, dropout)
@@ -317,7 +327,7 @@ class MarBlock(nn.Module):
 class ResBlock(nn.Module):
     """The token denoiser's block: an MLP with adaLN, on single tokens (N, D)."""
 
-    def __init__(self, width: int):
+    def __init__(self, width):
         super().__init__()
         self.in_ln = nn.LayerNorm(width, eps=1e-6)
         self.mlp = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
@@ -331,7 +341,7 @@ class ResBlock(nn.Module):
 class TokenDenoiser(nn.Module):
     """Noised tokens x (N, C), times t (N,), conditions z (N, D) -> (N, 2C): predicted noise, variance."""
 
-    def __init__(self, channels: int, condition: int, width: int, depth: int):
+    def __init__(self, channels, condition, width, depth):
         super().__init__()
         self.time_embed = TimestepEmbedder(width)
         self.cond_embed = nn.Linear(condition, width)
@@ -370,13 +380,15 @@ class MAR(nn.Module, Prunable):
         self.buffer = buffer  # so many copies of the label go before the image's tokens
         encoder, decoder = depth if isinstance(depth, list) else (depth // 2, depth - depth // 2)
 
+        # The encoder: it sees the label and the known tokens.
         self.class_emb = nn.Embedding(classes, width)
-        self.fake_latent = nn.Parameter(0.02 * torch.randn(1, width))  # stands for "no label"
+        self.fake_latent = nn.Parameter(0.02 * torch.randn(1, width))
         self.z_proj = nn.Linear(self.token_dim, width)
         self.z_proj_ln = nn.LayerNorm(width, eps=1e-6)
         self.encoder_pos_embed_learned = learned(buffer + self.tokens, width)
         self.encoder_blocks = nn.ModuleList(MarBlock(width, heads, dropout) for _ in range(encoder))
         self.encoder_norm = nn.LayerNorm(width, eps=1e-6)
+        # The decoder: it sees the encoder's output, and mask tokens in the places of the hidden tokens.
         self.decoder_embed = nn.Linear(width, width)
         self.mask_token = learned(1, width)
         self.decoder_pos_embed_learned = learned(buffer + self.tokens, width)
@@ -385,11 +397,12 @@ class MAR(nn.Module, Prunable):
         self.diffusion_pos_embed_learned = learned(self.tokens, width)
         self.apply(init_linear)
         nn.init.normal_(self.class_emb.weight, std=0.02)
+        # The token denoiser: from the decoder's output it draws each hidden token.
         denoiser = TokenDenoiser(self.token_dim, width, loss_width, loss_depth)
         self.diffloss = nn.ModuleDict(dict(net=denoiser))  # the release's name
 
     @staticmethod
-    def shape_of(state: dict, known: dict) -> dict:
+    def shape_of(state, known):
         """The shape of the network that these weights belong to. known: what they cannot say, the heads, the
         dropout, and how the values of a token divide into channels and patch."""
         patch = known.get("patch", 1)
@@ -427,11 +440,11 @@ class MAR(nn.Module, Prunable):
         x = self.z_proj(gather_tokens(tokens, known))  # (B, K, D)
         label = self.class_emb(y.clamp(max=self.classes - 1))  # (B, D)
         no_label = (y == self.classes)[:, None]
-        label = torch.where(no_label, self.fake_latent.to(label.dtype), label).to(x.dtype)
+        label = torch.where(no_label, self.fake_latent.to(label.dtype), label).to(x.dtype)  # a learned "no label"
         label = label[:, None].expand(-1, self.buffer, -1)  # (B, buffer, D)
         x = torch.cat([label, x], dim=1)  # (B, buffer + K, D)
         position = self.encoder_pos_embed_learned.expand(len(x), -1, -1)
-        of_known = gather_tokens(position[:, self.buffer :], known)
+        of_known = gather_tokens(position[:, self.buffer :], known)  # (B, K, D)
         x = x + torch.cat([position[:, : self.buffer], of_known], dim=1)
         x = self.z_proj_ln(x)
         for block in self.encoder_blocks:
@@ -440,7 +453,7 @@ class MAR(nn.Module, Prunable):
 
     def decode(self, x, known):
         """The encoder's output -> conditions z (B, T, D) for all tokens, known and hidden."""
-        x = self.decoder_embed(x)
+        x = self.decoder_embed(x)  # (B, buffer + K, D)
         everywhere = self.mask_token.to(x.dtype).expand(len(x), self.tokens, -1)
         index = known[..., None].expand(-1, -1, x.shape[2])
         tokens = everywhere.scatter(1, index, x[:, self.buffer :])  # (B, T, D)
@@ -462,7 +475,7 @@ class MAR(nn.Module, Prunable):
         return MaskedTokenObjective(self)
 
 
-def learned(tokens: int, width: int) -> nn.Parameter:
+def learned(tokens, width):
     """Learned tokens (1, tokens, width)."""
     return nn.Parameter(0.02 * torch.randn(1, tokens, width))
 
@@ -482,7 +495,7 @@ class GaussianDiffusion:
     schedule: "linear" (DiT) or "cosine" (MAR), 1000 training steps. respacing: see `respace`; a sampler visits only
     those steps. x is (N, C, ...), a network's output (N, 2C, ...), t (N,) indices into the steps that are left."""
 
-    def __init__(self, schedule: str = "linear", respacing: str = "", device="cpu"):
+    def __init__(self, schedule="linear", respacing="", device="cpu"):
         betas = np.linspace(1e-4, 0.02, 1000) if schedule == "linear" else cosine_betas()
         self.timestep_map = respace(respacing)
         self.steps = len(self.timestep_map)
@@ -490,10 +503,11 @@ class GaussianDiffusion:
 
         # The coefficients, one for each step, in float64. After respacing, a beta spans several training steps.
         abar = torch.from_numpy(abar).to(device)
-        previous = F.pad(abar[:-1], (1, 0), value=1.0)
+        previous = F.pad(abar[:-1], (1, 0), value=1.0)  # abar of the step before; 1 before the first
         betas = 1 - abar / previous
         self.alphas_cumprod_prev = previous
         self.log_betas = betas.log()  # the upper bound of the log variance
+        # Of x_t, given x_0 and the noise; and of x_0, given x_t and the noise.
         self.sqrt_alphas_cumprod = abar.sqrt()
         self.sqrt_one_minus_alphas_cumprod = (1 - abar).sqrt()
         self.sqrt_recip_alphas_cumprod = (1 / abar).sqrt()
@@ -541,12 +555,11 @@ class GaussianDiffusion:
             true_log_variance = at(self.posterior_log_variance, t, x_t)
         else:
             true_mean, true_log_variance = target
-        # KL of two Gaussians
-        ratio = (true_log_variance - log_variance).exp()
-        distance = (true_mean - mean) ** 2 * (-log_variance).exp()
-        kl = 0.5 * (-1 + log_variance - true_log_variance + ratio + distance)
+        kl = -1 + log_variance - true_log_variance  # of two Gaussians, twice
+        kl = kl + (true_log_variance - log_variance).exp()
+        kl = kl + (true_mean - mean) ** 2 * (-log_variance).exp()
         nll = -discretized_log_likelihood(x_start, mean, 0.5 * log_variance)
-        bound = torch.where(t == 0, flat_mean(nll), flat_mean(kl))
+        bound = torch.where(t == 0, flat_mean(nll), flat_mean(0.5 * kl))
         return bound / math.log(2)  # from nats to bits
 
     def loss(self, out, x_start, x_t, t, eps):
@@ -569,10 +582,11 @@ class GaussianDiffusion:
 
 def at(table, t, like):
     """The coefficients of steps t (N,), as float32 (N, 1, ...), to multiply with `like` (N, ...)."""
-    return table[t].float().view(-1, *[1] * (like.ndim - 1))
+    ones = [1] * (like.ndim - 1)
+    return table[t].float().view(-1, *ones)
 
 
-def cosine_betas(steps: int = 1000) -> np.ndarray:
+def cosine_betas(steps=1000):
     """IDDPM, eq. 17: abar(t) is a squared cosine; no beta is above 0.999."""
     times = [i / steps for i in range(steps + 1)]
     abar = [math.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2 for t in times]
@@ -580,16 +594,16 @@ def cosine_betas(steps: int = 1000) -> np.ndarray:
     return np.minimum(betas, 0.999)
 
 
-def respace(respacing: str, total: int = 1000) -> list:
+def respace(respacing, total=1000):
     """The training steps that a sampler visits: "250" evenly spread ones, both ends included; "ddim50": every 20th."""
     text = respacing or str(total)
+    strided = text.startswith("ddim")
     count = text.removeprefix("ddim")
     count = int(count) if count.isdecimal() else 0
-    if text.startswith("ddim"):
-        for stride in range(1, total):
-            steps = list(range(0, total, stride))
-            if len(steps) == count:
-                return steps
+    if strided and count:
+        steps = list(range(0, total, math.ceil(total / count)))
+        if len(steps) == count:
+            return steps
     elif 2 <= count <= total:
         stride = (total - 1) / (count - 1)
         return [round(i * stride) for i in range(count)]
@@ -599,7 +613,7 @@ def respace(respacing: str, total: int = 1000) -> list:
 def discretized_log_likelihood(x, mean, log_scale):
     """Log probability of x under a Gaussian that is integrated over bins of width 2/255, as in the releases; the
     outermost bins reach to infinity."""
-    inverse = (-log_scale).exp()
+    inverse = (-log_scale).exp()  # 1 / std
     upper = approximate_cdf(inverse * (x - mean + 1 / 255))
     lower = approximate_cdf(inverse * (x - mean - 1 / 255))
     inside = safe_log(upper - lower)
@@ -627,7 +641,7 @@ def flat_mean(x):
 # asked about the same batch; predict is the network's answer; loss and kd (against a teacher's answer) are (B,).
 
 
-def drop_labels(y, rng, classes: int, probability: float = 0.1):
+def drop_labels(y, rng, classes, probability=0.1):
     """Replaces a tenth of the labels by the null label, so that one network learns both sides of guidance."""
     return torch.where(rng.uniform() < probability, classes, y)
 
@@ -664,7 +678,7 @@ class VelocityObjective:
 
     def make_batch(self, x, y, rng):
         """Latents x (B, C, H, W), labels y (B,), RowGenerator -> a dict of tensors with B rows."""
-        t = rng.uniform()
+        t = rng.uniform()  # (B,), on [0, 1)
         eps = rng.normal(*x.shape[1:])
         s = t.view(-1, 1, 1, 1)
         x_t = s * x + (1 - s) * eps
@@ -697,9 +711,9 @@ class MaskedTokenObjective:
         tokens = self.patchify(x)  # (B, T, C)
         T = tokens.shape[1]
         count = math.ceil(T * self.mask_ratio.ppf(rng.shared.random()))
-        order = rng.uniform(T).argsort(dim=1)
-        hidden = order[:, :count].sort(dim=1)[0]
-        known = order[:, count:].sort(dim=1)[0]
+        order = rng.uniform(T).argsort(dim=1)  # (B, T): a random permutation in each row
+        hidden = order[:, :count].sort(dim=1)[0]  # (B, M)
+        known = order[:, count:].sort(dim=1)[0]  # (B, K)
         x_start = gather_tokens(tokens, hidden)  # (B, M, C)
         x_start = x_start[:, None].expand(-1, self.repeats, -1, -1)  # (B, R, M, C)
         t = (rng.uniform(self.repeats, count) * self.diffusion.steps).long()
@@ -728,7 +742,7 @@ def per_token(v):
     return v.flatten(0, 2)
 
 
-def device_of(net) -> torch.device:
+def device_of(net):
     return next(net.parameters()).device
 
 
@@ -836,13 +850,13 @@ MODELS = {
 }
 
 
-def model_entry(name: str) -> dict:
+def model_entry(name):
     if name not in MODELS:
         raise UserError(f"no model is called {name!r}; there are {', '.join(MODELS)}")
     return MODELS[name]
 
 
-def build_model(name: str, depth=None, **shape) -> nn.Module:
+def build_model(name, depth=None, **shape):
     """A network with fresh weights. depth and shape: what differs from the table's."""
     entry = model_entry(name)
     shape = entry["shape"] | shape
@@ -853,23 +867,9 @@ def build_model(name: str, depth=None, **shape) -> nn.Module:
     return net
 
 
-def weights_of(name: str) -> tuple:
+def weights_of(name):
     """The file in weights/, and the address that it is from, or None if it is bundled."""
     return model_entry(name).get("weights", (f"{name}.pt", None))
-
-
-def list_models():
-    """Prints the table: name, layers, parameters, where the weights are from, and which are on this disk."""
-    for name in MODELS:
-        with torch.device("meta"):  # shapes without memory
-            net = build_model(name)
-        size = sum(p.numel() for p in net.parameters()) / 1e6
-        file, url = weights_of(name)
-        here = (ROOT / "weights" / file).exists()
-        source = "on this disk"
-        if not here:
-            source = f"from {url.split('?')[0]}" if url else "none known"
-        print(f"{name:<10} {sum(net.depths()):>2} layers {size:>6.1f} M parameters   weights/{file}: {source}")
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -877,14 +877,14 @@ def list_models():
 # needs. Official files have no config: --model says what they hold, and the shape is read from the weights.
 
 
-def load_model(name: str = None, ckpt: str = None, device="cpu", weights: str = "ema"):
-    """-> (network in eval mode, config). From `ckpt` (a path or URL, any official format), else the table's weights.
+def load_model(name=None, ckpt=None, device="cpu", weights="ema"):
+    """-> (network in eval mode, config). From `ckpt` (any official format), else the table's weights.
 
     weights: "ema" or "model", where a file has both. config: name and depth (one number per list of blocks); of a
     pruned network also kept (layer indices), scheme, granularity, parent. No weight is copied: the file is mapped."""
-    path = locate(ckpt) if ckpt else fetch(*weights_of(name))
+    path = ckpt or fetch(*weights_of(name))
     state, config = read_state(path, weights)
-    named = config.get("name")
+    named = config.get("name")  # that of the model
     if named not in MODELS:  # an official file, or one of other people, who have a config too
         if name is None:
             holds = f"holds {named!r}, which is not in the table of models" if named else "does not say what it holds"
@@ -892,15 +892,24 @@ def load_model(name: str = None, ckpt: str = None, device="cpu", weights: str = 
         config = dict(name=name)
     elif name not in (None, named):
         raise UserError(f"{path} holds {named}, not {name}; give --model {named} or another --ckpt")
-    entry = model_entry(config["name"])
-    with reading(path), torch.device("meta"):  # fresh weights would be thrown away
-        net = build_model(config["name"], **entry["family"].shape_of(state, entry["shape"]))
-        remove_missing_halves(net, state)
-        load_state(net, state, path)
+    with reading(path):
+        net = network_of(config["name"], state, config.get("layers"))
     return net.to(device).eval(), {**config, "depth": net.depths()}
 
 
-def remove_missing_halves(net, state: dict):
+def network_of(name, state, kept=None):
+    """The network of the table's entry `name` that holds these weights, whatever its depth and width. kept: the
+    original indices of its layers."""
+    entry = model_entry(name)
+    with torch.device("meta"):  # fresh weights would be thrown away
+        net = build_model(name, **entry["family"].shape_of(state, entry["shape"]))
+    remove_missing_halves(net, state)
+    net.kept = kept
+    load_state(net, state)
+    return net.eval()
+
+
+def remove_missing_halves(net, state):
     """Leaves of a block what the weights have, its attention or its MLP, if they lack the other."""
     for name in net.block_lists:
         for i, block in enumerate(getattr(net, name)):
@@ -910,32 +919,19 @@ def remove_missing_halves(net, state: dict):
                     remove_half(block, half)
 
 
-def load_state(net: nn.Module, state: dict, source):
-    """Puts `state` into `net` as float32; the UserError names the keys or shapes that differ."""
-    with reading(source):
-        net.load_state_dict({key: v.float() for key, v in state.items()}, assign=True)
+def load_state(net, state):
+    """Puts `state` into `net` as float32. RuntimeError names the keys or shapes that differ."""
+    net.load_state_dict({key: v.float() for key, v in state.items()}, assign=True)
 
 
-# What official files store beside their weights: arguments, and numbers of numpy, whose maker has two names.
-MAKE_SCALAR = np.float64(0).__reduce__()[0]
-HARMLESS = [
-    argparse.Namespace,
-    np.dtype,
-    np.dtypes.Float64DType,
-    np.dtypes.Float32DType,
-    np.dtypes.Int64DType,
-    (MAKE_SCALAR, "numpy.core.multiarray.scalar"),
-    (MAKE_SCALAR, "numpy._core.multiarray.scalar"),
-]
-
-
-def read_torch(path) -> dict:
+def read_torch(path):
     """torch.load that runs no code (weights_only) and maps the file instead of reading it."""
-    with reading(path), torch.serialization.safe_globals(HARMLESS):
+    harmless = [argparse.Namespace]  # the releases store their command line beside the weights
+    with reading(path), torch.serialization.safe_globals(harmless):
         return dict(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
 
 
-def read_state(path, weights: str = "ema"):
+def read_state(path, weights="ema"):
     """Anybody's weights file -> (state dict on the CPU, config). Pickled code is never run.
 
     Reads .safetensors, and torch files, plain or nested under ema, model, model_ema or state_dict, with or without
@@ -949,6 +945,7 @@ def read_state(path, weights: str = "ema"):
             names = (weights, "ema", "model_ema", "model", "state_dict")
             nested = [saved[name] for name in names if isinstance(saved.get(name), dict)]
             state = nested[0] if nested else saved
+        # Some files hold counters beside the weights.
         state = {key.removeprefix("module."): v.detach() for key, v in state.items() if isinstance(v, torch.Tensor)}
         if not state:
             raise ValueError("it holds no weights")
@@ -960,7 +957,7 @@ SAFETENSORS_TYPES = dict(F64=torch.double, F32=torch.float, F16=torch.half, BF16
 
 def read_safetensors(path):
     """-> views of the mapped file, config or None. 8 bytes of header length, a JSON header, raw little-endian bytes."""
-    raw = np.memmap(path, np.uint8, mode="c")
+    raw = np.memmap(path, np.uint8, mode="c")  # copy on write: the file is never changed
     size = int.from_bytes(bytes(raw[:8]), "little")
     header = json.loads(bytes(raw[8 : 8 + size]))
     data = torch.from_numpy(raw)[8 + size :]
@@ -977,10 +974,10 @@ def read_safetensors(path):
     return state, config
 
 
-def write_safetensors(path, state: dict, config: dict):
+def write_safetensors(path, state, config):
     """The inverse. `config` is stored as JSON in the header's metadata."""
     codes = {dtype: code for code, dtype in SAFETENSORS_TYPES.items()}
-    header = {"__metadata__": {"config": json.dumps(config)}}
+    header = {"__metadata__": {"format": "pt", "config": json.dumps(config)}}
     end = 0
     for key, v in state.items():
         start = end
@@ -1024,7 +1021,7 @@ def atomic_write(path, write):
     try:
         write(temporary)
         with open(temporary, "rb+") as f:
-            os.fsync(f.fileno())
+            os.fsync(f.fileno())  # else a power cut after the rename could leave an empty file
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -1034,15 +1031,7 @@ def save_checkpoint(path, **contents):
     atomic_write(path, lambda temporary: torch.save(contents, temporary))
 
 
-def locate(path_or_url: str) -> Path:
-    """A path as it is; a URL downloaded to weights/."""
-    if not str(path_or_url).startswith(("http://", "https://")):
-        return Path(path_or_url)
-    tag = hashlib.sha256(path_or_url.encode()).hexdigest()[:8]  # many releases call their file checkpoint-last.pth
-    return fetch(f"{tag}-{Path(path_or_url.split('?')[0]).name}", path_or_url)
-
-
-def fetch(file: str, url: str) -> Path:
+def fetch(file, url):
     """weights/FILE, downloaded the first time: by one rank of each machine, while the others wait."""
     path = ROOT / "weights" / file
     if url and not path.exists() and int(os.environ.get("LOCAL_RANK", 0)) == 0:
@@ -1051,14 +1040,14 @@ def fetch(file: str, url: str) -> Path:
     return path
 
 
-def download(url: str, path: Path):
+def download(url, path):
     def write(temporary):
         torch.hub.download_url_to_file(url, str(temporary), progress=rank() == 0)
         if temporary.stat().st_size != length:
             raise OSError(f"the connection broke after {temporary.stat().st_size} of {length} bytes")
 
     try:
-        with urllib.request.urlopen(url, timeout=30) as response:
+        with urllib.request.urlopen(url, timeout=30) as response:  # torch.hub does not notice a broken connection
             length = int(response.headers["Content-Length"])
         atomic_write(path, write)
     except Exception as e:
@@ -1087,11 +1076,11 @@ def run_main(main):
         dist.destroy_process_group()
 
 
-def rank() -> int:
+def rank():
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def world_size() -> int:
+def world_size():
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
@@ -1100,24 +1089,7 @@ def barrier():
         dist.barrier()
 
 
-def on_rank_0(function):
-    """function() of rank 0, on all ranks. A UserError there is raised on all."""
-    result = None
-    if rank() == 0:
-        try:
-            result = function()
-        except UserError as e:
-            result = e
-    if dist.is_initialized():
-        results = [result]
-        dist.broadcast_object_list(results)
-        result = results[0]
-    if isinstance(result, UserError):
-        raise result
-    return result
-
-
-def start_ranks(device="auto") -> torch.device:
+def start_ranks(device="auto"):
     """Joins the process group if torchrun started us (nccl on CUDA, gloo on CPU); -> this rank's device."""
     if device in ("auto", "cuda"):
         local_rank = int(os.environ.get("LOCAL_RANK", 0))
@@ -1126,9 +1098,9 @@ def start_ranks(device="auto") -> torch.device:
     device = torch.device(device)
     if device.type == "cuda":
         if not torch.cuda.is_available():
-            raise UserError(f"--device {device}, and no GPU is found; give --device cpu")
+            raise UserError(f"--device {device}: torch finds no GPU here; give --device cpu")
         torch.cuda.set_device(device)
-    if "RANK" in os.environ and not dist.is_initialized():
+    if "RANK" in os.environ and not dist.is_initialized():  # torchrun sets it
         timeout = datetime.timedelta(hours=2)  # a rank may wait long for one that downloads, writes, or is slower
         if device.type == "cuda":
             dist.init_process_group("nccl", timeout=timeout, device_id=device)
@@ -1137,11 +1109,11 @@ def start_ranks(device="auto") -> torch.device:
     return device
 
 
-def choose_dtype(name: str, device) -> torch.dtype:
+def choose_dtype(name, device):
     """--dtype: auto takes bfloat16 where the hardware has it, float32 where it would be emulated, which is slow."""
     if name != "auto":
         return getattr(torch, name)
-    if device.type == "cpu":
+    if device.type == "cpu":  # few processors have it
         native = torch.cpu._is_amx_tile_supported()
     else:
         native = torch.cuda.is_bf16_supported(including_emulation=False)
@@ -1152,7 +1124,7 @@ def autocast(device, dtype):
     return torch.autocast(torch.device(device).type, dtype, enabled=dtype != torch.float32)
 
 
-def cast_frozen(net: nn.Module, dtype):
+def cast_frozen(net, dtype):
     """Casts the weights that are not trained to the dtype of the forward pass, once: autocast would cast them again
     at each call, since it remembers a cast only for weights that need a gradient."""
     for module in net.modules():
@@ -1161,32 +1133,27 @@ def cast_frozen(net: nn.Module, dtype):
 
 
 class Progress:
-    """One line with rate and ETA, on rank 0's stderr: rewritten on a terminal, every 10 s in a log file."""
+    """Prints a line with rate and ETA every five seconds, on rank 0's stderr."""
 
-    def __init__(self, what: str, total: int, unit: str, done: int = 0):
+    def __init__(self, what, total, unit, done=0):
         self.what = what
         self.total = total
         self.unit = unit
         self.first = done
         self.start = time.time()
-        self.printed = time.time()
-        self.tty = sys.stderr.isatty()
+        self.printed = self.start
 
-    def update(self, done: int, note: str = ""):
+    def update(self, done, note=""):
         """Prints the line if it is time, and at the end."""
         now = time.time()
-        finished = done >= self.total
-        interval = 0.2 if self.tty else 10
-        if rank() != 0 or (not finished and now - self.printed < interval):
+        # Printing at every step would fill the log, and slow down short steps.
+        if rank() != 0 or (done < self.total and now - self.printed < 5):
             return
         self.printed = now
         rate = (done - self.first) / max(now - self.start, 1e-9)
-        seconds = (self.total - done) / max(rate, 1e-9)
-        eta = datetime.timedelta(seconds=int(min(seconds, 1e9)))
+        eta = datetime.timedelta(seconds=round((self.total - done) / max(rate, 1e-6)))
         line = f"{self.what} {done}/{self.total} {self.unit}  {rate:.1f} {self.unit}/s  ETA {eta}  {note}"
-        if self.tty:
-            line = "\r\033[K" + line
-        print(line, end="" if self.tty and not finished else "\n", file=sys.stderr, flush=True)
+        print(line, file=sys.stderr, flush=True)
 
 
 class RowGenerator:
@@ -1197,8 +1164,8 @@ class RowGenerator:
     step); in sampling it is 16 images and (seed,). So neither a resume, nor the number of ranks, nor the batch size
     of sampling changes row i. (CPU and CUDA differ, though.)"""
 
-    def __init__(self, key: tuple, start: int, stop: int, block: int, device="cpu"):
-        first = start // block
+    def __init__(self, key, start, stop, block, device="cpu"):
+        first = start // block  # the blocks from first to end hold our rows
         end = math.ceil(stop / block)
         self.block = block
         self.device = device
@@ -1207,27 +1174,24 @@ class RowGenerator:
         self.shared = np.random.default_rng(make_seed(*key))  # for what all rows share and Python needs to know
 
     def _draw(self, function, shape):
+        # A block is always drawn whole: the numbers of its rows depend on each other's order.
         blocks = [function((self.block, *shape), generator=g, device=self.device) for g in self.generators]
         return torch.cat(blocks)[self.rows]
 
-    def normal(self, *shape) -> torch.Tensor:
+    def normal(self, *shape):
         """Standard normal, (rows, *shape)."""
         return self._draw(torch.randn, shape)
 
-    def uniform(self, *shape) -> torch.Tensor:
+    def uniform(self, *shape):
         """On [0, 1), (rows, *shape)."""
         return self._draw(torch.rand, shape)
 
-    def gumbel(self, *shape) -> torch.Tensor:
+    def gumbel(self, *shape):
         """Gumbel(0, 1), minus the logarithm of an exponential variable, (rows, *shape)."""
         exponential = -torch.log1p(-self.uniform(*shape))
         return -exponential.clamp_min(1e-20).log()
 
 
-def make_seed(*key: int) -> int:
+def make_seed(*key):
     """A tuple of whole numbers -> one well-mixed 63-bit seed (neighbouring steps get unrelated streams)."""
     return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> np.uint64(1))
-
-
-if __name__ == "__main__":
-    run_main(list_models)

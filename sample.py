@@ -1,14 +1,22 @@
-"""Draws images from a network: a PNG grid to look at, and an ADM-style .npz to measure with fid.py.
+"""Draws images from a network: a PNG grid to look at, and an .npz file to measure with fid.py.
 
     python sample.py                                                      # digits from out/distill/student.pt
-    torchrun --nproc_per_node=8 sample.py --ckpt out/distill/student.pt --num-images 50000 --guidance 1.5
+    torchrun --nproc_per_node=8 sample.py --model dit-xl --num-images 50000
     python sample.py --ckpt out/distill/student.pt --export shallow.safetensors
 
-Image i has class i modulo the number of classes, and noise from block i // 16 of the seed's stream: it is the same, up
-to rounding, on any number of ranks and in any batch size. Writes to --out, which all ranks must see: samples.npz (arr_0
-uint8 (N, H, W, 3), arr_1 labels (N,)), samples.json (model, depth, settings, images/s) and grid.png, one row per class.
-Read: the Gaussian process (ddpm, ddim); the interpolant (sde-*, ode-*); masked tokens (mar); files, flags, the run.
+In a notebook:
+
+    net, config = load_model("dit-tiny")
+    images = sample_images(net, [3, 1, 4], seed=0)     # uint8 (3, 32, 32, 3), with the model's own sampler
+
+Image i has class i modulo the number of classes, and its noise comes from block i // 16 of the seed's stream. So it is
+the same image, up to rounding, on any number of ranks and in any batch size. The folder --out, which all ranks must
+see, receives samples.npz (arr_0: uint8 (N, H, W, 3), arr_1: labels (N,)), samples.json (settings, images/s), grid.png.
+
+Read: guidance; the Gaussian process (DDPM, DDIM); the interpolant (SiT's SDE and ODE); masked tokens (MAR); the run.
 """
+import argparse
+import functools
 import json
 import math
 import shutil
@@ -17,66 +25,114 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from scipy.integrate import solve_ivp
 
 from extract_latents import VAES, decode_images, load_vae
 from model import (
-    MODELS, SAFETENSORS_TYPES, GaussianDiffusion, Parser, Progress, RowGenerator, UserError, autocast, barrier,
-    choose_dtype, cast_frozen, gather_tokens, load_model, rank, real, run_main, save_checkpoint, start_ranks, whole,
-    world_size, atomic_write)
+    MODELS, GaussianDiffusion, Progress, RowGenerator, UserError, at, autocast, barrier, cast_frozen,
+    choose_dtype, device_of, gather_tokens, load_model, rank, run_main, save_checkpoint, start_ranks, world_size,
+    write_safetensors)
 
-BLOCK = 16  # images that share a noise generator
-PART = ".samples-{}.tmp"  # a rank's images, in a file of its own: machines that write into one file can lose parts
-STUDENT = "out/distill/student.pt"
-SILENT = lambda step, steps: None
+PART = ".samples-{}.tmp"  # the images of one rank
+STUDENT = "out/distill/student.pt"  # what distill.py writes, and what is drawn from by default
+
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Samplers: labels y (B,) and a RowGenerator of B rows -> latents (B, C, H, W). A model's own settings are in its row of
-# MODELS. First the Gaussian process, backwards: x (N, C, ...), the network's answer out (N, 2C, ...), t (N,).
+# Guidance, which all samplers use. N: samples, C: channels of x. x is (N, C, ...), a time t is (N,).
 
-def guide(predict, x, t, y, null, scale, channels):
-    """Classifier-free guidance: the prediction at y, its first `channels` pushed away from the prediction at `null`.
-    DiT and SiT guide 3 of 4 latent channels, as their releases do; the fourth, and the variances, stay as predicted."""
-    if scale == 1:
-        return predict(x, t, y).float()  # the sampler's arithmetic is float32
-    out = predict(torch.cat([x, x]), torch.cat([t, t]), torch.cat([y, torch.full_like(y, null)]))
-    cond, uncond = out.float().chunk(2)
-    guided = uncond[:, :channels] + scale * (cond[:, :channels] - uncond[:, :channels])
-    return torch.cat([guided, cond[:, channels:]], dim=1)
 
-def ancestral_step(process, out, x, t, noise, temperature=1.0):
-    """x_t -> x_{t-1} as in DDPM (Ho et al. 2020), algorithm 2; the step to x_0 (t = 0) adds no noise."""
+def guide(out, scale, channels):
+    """Classifier-free guidance (Ho & Salimans 2022): away from the prediction without a label.
+
+    out (2N, ...): the network's outputs with the labels, then those without. Only the first `channels` channels are
+    guided. DiT and SiT guide 3 of 4 latent channels, as their releases do. The fourth, and the variances, stay as
+    predicted with the label."""
+    cond, uncond = out.float().chunk(2)  # samplers compute in float32, whatever the network does
+    mixed = uncond + scale * (cond - uncond)  # a scale of 1 gives `cond`, of 0 `uncond`
+    return torch.cat([mixed[:, :channels], cond[:, channels:]], dim=1)
+
+
+def labels_for_guidance(y, classes, scale):
+    """Labels y (B,) -> (2B,): the labels, then as many times `classes`, the index that stands for no label."""
+    if scale == 1:  # no guidance: (B,)
+        return y
+    return torch.cat([y, torch.full_like(y, classes)])
+
+
+def guided(net, condition, scale, channels):
+    """net(x, t, condition) with guidance, as a function of x and t alone.
+
+    condition: labels, or MAR's conditions z. With guidance it has 2N rows, of which the second half has no label."""
+    def predict(x, t):
+        if scale == 1:
+            return net(x, t, condition).float()
+        # One call for both halves, which have the same x.
+        out = net(torch.cat([x, x]), torch.cat([t, t]), condition)
+        return guide(out, scale, channels)
+
+    return predict
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The Gaussian process of model.py, backwards: x_0 is data, x_t has more noise the larger t is. The network's output
+# `out` is (N, 2C, ...): the predicted noise, and a number between the bounds of the variance.
+
+
+def ancestral_step(process, out, x, t, eps, temperature=1.0):
+    """x_t -> x_{t-1} as in DDPM (Ho et al. 2020), algorithm 2. temperature: scale of the noise."""
     mean, log_variance, _ = process.p_mean_variance(out, x, t)
-    return mean + (t > 0).view(-1, *[1] * (x.ndim - 1)) * (0.5 * log_variance).exp() * noise * temperature
+    std = (0.5 * log_variance).exp()
+    last = (t == 0).view(-1, *[1] * (x.ndim - 1))  # (N, 1, ...)
+    # The step to x_0 adds no noise.
+    return torch.where(last, mean, mean + std * eps * temperature)
+
 
 def ddim_step(process, out, x, t):
     """x_t -> x_{t-1} as in DDIM (Song et al. 2021), eq. 12 with sigma = 0: deterministic."""
-    _, _, x_0 = process.p_mean_variance(out, x, t)
-    eps = (process.at("sqrt_recip_alphas_cumprod", t, x) * x - x_0) / process.at("sqrt_recipm1_alphas_cumprod", t, x)
-    previous = process.at("alphas_cumprod_prev", t, x)
-    return x_0 * previous.sqrt() + (1 - previous).sqrt() * eps
+    _, _, x_start = process.p_mean_variance(out, x, t)
+    # The noise that leads from this x_0 to x_t: x_t = sqrt(abar) x_0 + sqrt(1 - abar) eps, solved for eps.
+    recip = at(process.sqrt_recip_alphas_cumprod, t, x)
+    recipm1 = at(process.sqrt_recipm1_alphas_cumprod, t, x)
+    eps = (recip * x - x_start) / recipm1
+    # The same x_0 and the same noise, mixed as at the time before.
+    previous = at(process.alphas_cumprod_prev, t, x)
+    return x_start * previous.sqrt() + (1 - previous).sqrt() * eps
 
-def sample_loop(process, predict, x, draw, sampler="ddpm", temperature=1.0, on_step=SILENT):
-    """From x at the last step down to x_0. predict(x, t of training) -> (N, 2C, ...); draw() -> noise like x."""
+
+def sample_loop(process, predict, draw_eps, sampler="ddpm", temperature=1.0):
+    """From noise at the last step to x_0. predict(x, t) -> out; draw_eps() -> noise of x's shape."""
+    x = draw_eps()
     for i in reversed(range(process.steps)):
         t = torch.full((len(x),), i, device=x.device)
+        # The network knows the 1000 steps of training, of which the sampler visits some.
         out = predict(x, torch.full_like(t, process.timestep_map[i]))
-        x = (ddim_step(process, out, x, t) if sampler == "ddim"
-             else ancestral_step(process, out, x, t, draw(), temperature))
-        on_step(process.steps - i, process.steps)
+        if sampler == "ddim":
+            x = ddim_step(process, out, x, t)
+        else:
+            x = ancestral_step(process, out, x, t, draw_eps(), temperature)
     return x
 
-def sample_gaussian(net, y, noise, sampler, steps, guidance, guidance_channels, on_step=SILENT):
-    """ddpm, ddim. steps: 250 evenly spread ones of the 1000, or "ddim50", every 20th. Guidance 1 is none."""
-    draw = lambda: noise.normal(net.channels, net.input_size, net.input_size)
-    predict = lambda x, t: guide(net, x, t, y, net.classes, guidance, guidance_channels)
-    return sample_loop(GaussianDiffusion("linear", str(steps)), predict, draw(), draw, sampler, on_step=on_step)
+
+def sample_gaussian(net, y, rng, sampler, steps, guidance, guidance_channels):
+    """ddpm and ddim: labels y (B,) -> latents (B, C, H, W). rng: a RowGenerator of B rows.
+
+    steps: 250 are spread evenly over the 1000 of training; "ddim50" is every 20th, as in the DDIM paper."""
+    process = GaussianDiffusion("linear", str(steps), y.device)
+    labels = labels_for_guidance(y, net.classes, guidance)
+    predict = guided(net, labels, guidance, guidance_channels)
+
+    def draw_eps():
+        return rng.normal(net.channels, net.input_size, net.input_size)
+
+    return sample_loop(process, predict, draw_eps, sampler)
+
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The interpolant x_t = t x_1 + (1 - t) x_0 from noise x_0 to data x_1: an SDE or an ODE along the predicted velocity.
+# The interpolant x_t = t x_1 + (1 - t) x_0 from noise x_0 to data x_1 (SiT, Ma et al. 2024). Its samplers follow an SDE
+# or an ODE along the velocity(x, t) that the network predicts, from t = 0 to 1. Here x_0 is the noise.
 
-DIFFUSION_FORMS = {  # SiT (Ma et al. 2024), table 3 and its release: w(t) of the reverse SDE
+DIFFUSION_FORMS = {  # w(t) of the reverse SDE: SiT, table 3, and its release
     "sigma": lambda t: 1 - t,
     "SBDM": lambda t: (1 - t) ** 2 / t + (1 - t),
     "constant": lambda t: torch.ones_like(t),
@@ -85,270 +141,350 @@ DIFFUSION_FORMS = {  # SiT (Ma et al. 2024), table 3 and its release: w(t) of th
     "increasing-decreasing": lambda t: torch.sin(math.pi * t) ** 2,
 }
 
-def score_of(velocity, x, t):  # on this path
+
+def score_of(velocity, x, t):
+    """The score, the gradient of log p_t(x), from the velocity v = E[x_1 - x_0 | x_t = x]."""
+    # x - t v is the expected noise x_0, and the score is -x_0 / (1 - t). The denominator below is 1 - t too: it is
+    # written as in the release, to round as there.
     return (t * velocity - x) / ((1 - t) ** 2 + t * (1 - t))
 
-def integrate_sde(velocity, x, steps, draw, method="euler", diffusion_form="sigma", last_step="mean",
-                  last_step_size=0.04, on_step=SILENT):
-    """Reverse SDE from t = 0 (noise) to 1: dx = (v + w score) dt + sqrt(2 w) dW, Euler-Maruyama or Heun.
-    steps grid points end at 1 - last_step_size; the last step, without noise, does the rest: "mean" follows the SDE's
-    drift, "euler" the velocity, "tweedie" the posterior mean; "none" has no last step. One network call gives both v
-    and the score (the release calls it twice). SBDM is infinite at t = 0 and starts at 1e-3."""
-    if last_step == "none":  # Heun looks ahead to the last grid point, where the score is infinite
-        last_step_size = 1e-3 if method == "heun" else 0.0
+
+def integrate_sde(velocity, x, steps, draw_eps, method="euler", diffusion_form="sigma", last_step="mean",
+                  last_step_size=0.04):
+    """The reverse SDE dx = (v + w score) dt + sqrt(2 w) dW from t = 0 (noise) to 1, by Euler-Maruyama or Heun.
+
+    `steps` grid points end at 1 - last_step_size. The last step has no noise and does the rest: "mean" follows the
+    SDE's drift, "euler" the velocity, "tweedie" takes the posterior mean; "none" leaves it out."""
     weight = DIFFUSION_FORMS[diffusion_form]
-    grid = torch.linspace(1e-3 if diffusion_form == "SBDM" else 0.0, 1 - last_step_size, steps, device=x.device)
+    start = 1e-3 if diffusion_form == "SBDM" else 0.0  # w of SBDM is infinite at 0
+    if last_step == "none":
+        # Heun looks ahead to the last grid point, and at t = 1 the score is infinite.
+        last_step_size = 1e-3 if method == "heun" else 0.0
+    grid = torch.linspace(start, 1 - last_step_size, steps, device=x.device)
     dt = grid[1] - grid[0]
 
     def drift(x, t):
-        v = velocity(x, t.expand(len(x)))
+        v = velocity(x, t.expand(len(x)))  # one call gives v and the score; the release calls the network twice
         return v + weight(t) * score_of(v, x, t)
 
-    for i, t in enumerate(grid[:-1]):
-        noise = (2 * weight(t)).sqrt() * draw() * dt.sqrt()
+    for t in grid[:-1]:
+        noise = (2 * weight(t)).sqrt() * draw_eps() * dt.sqrt()  # the variance of dW is dt
         if method == "heun":
+            # The noise first, then the mean of two slopes: here, and where an Euler step would lead.
             x = x + noise
-            first = drift(x, t)
-            x = x + 0.5 * dt * (first + drift(x + dt * first, t + dt))
+            slope = drift(x, t)
+            slope_ahead = drift(x + dt * slope, t + dt)
+            x = x + 0.5 * dt * (slope + slope_ahead)
         else:
             x = x + drift(x, t) * dt + noise
-        on_step(i + 1, steps - 1)
+
+    t = grid[-1]  # 1 - last_step_size
     if last_step == "none":
         return x
-    t, v = grid[-1], velocity(x, grid[-1].expand(len(x)))
-    score = score_of(v, x, t)
-    if last_step == "tweedie":
-        return x / t + (1 - t) ** 2 / t * score
-    return x + (v + weight(t) * score if last_step == "mean" else v) * last_step_size
+    if last_step == "mean":
+        return x + drift(x, t) * last_step_size
+    v = velocity(x, t.expand(len(x)))
+    if last_step == "euler":
+        return x + v * last_step_size
+    return x / t + (1 - t) ** 2 / t * score_of(v, x, t)  # Tweedie's formula: E[x_1 | x_t]
 
-def integrate_ode(velocity, x, steps, method, on_step=SILENT, atol=1e-6, rtol=1e-3):
-    """dx/dt = velocity(x, t) from t = 0 to 1: Euler or Heun on `steps` grid points, or dopri5 in steps of its own.
-    dopri5 is scipy's RK45: the pair of Dormand & Prince, as in the release. It holds the state on the host: from a GPU
-    it travels at each call. A batch shares its steps: an image depends on its companions, to within the tolerances."""
-    call = lambda x, t: velocity(x, torch.full((len(x),), float(t), device=x.device))
 
-    def slope(t, state):
-        on_step(int(999 * t), 1000)
-        v = call(torch.from_numpy(state).to(x).view_as(x), t)
-        if not v.isfinite().all():
+def integrate_ode(velocity, x, steps, method, atol=1e-6, rtol=1e-3):
+    """dx/dt = velocity(x, t) from t = 0 to 1: Euler or Heun on `steps` grid points, or dopri5, which places its own."""
+    if method == "dopri5":
+        return integrate_dopri5(velocity, x, atol, rtol)
+    # Rounded from float64, so that the points are the same on all devices.
+    grid = torch.linspace(0, 1, steps, dtype=torch.float64).float().to(x.device)
+    for t, t_next in zip(grid, grid[1:]):
+        dt = t_next - t
+        slope = velocity(x, t.expand(len(x)))
+        if method == "heun":
+            slope_ahead = velocity(x + dt * slope, t_next.expand(len(x)))
+            slope = (slope + slope_ahead) / 2
+        x = x + dt * slope
+    return x
+
+
+def integrate_dopri5(velocity, x, atol, rtol):
+    """The pair of Dormand & Prince with step-size control: scipy's RK45, where the release takes torchdiffeq's.
+
+    The two place their steps differently, and so differ: on the reference case ours ends 3.4e-5 from the exact
+    solution, the release's 3.5e-4. All images of a batch share their steps, so an image depends on the others in
+    its batch, to within the tolerances. scipy holds the state on the CPU: from a GPU it travels at each call."""
+    def slope(t, state):  # scipy's state: float64, all values in a row
+        x_t = torch.from_numpy(state).to(x).view_as(x)
+        v = velocity(x_t, torch.full((len(x),), t, device=x.device))
+        if not v.isfinite().all():  # scipy would answer with ever smaller steps
             raise UserError(f"the network's output at t = {t:.3f} is not finite; take weights from before it diverged")
         return v.flatten().cpu().numpy()
 
-    if method == "dopri5":
-        states = solve_ivp(slope, (0, 1), x.double().flatten().cpu().numpy(), method="RK45", atol=atol, rtol=rtol).y
-        on_step(1000, 1000)
-        return torch.from_numpy(states[:, -1]).to(x).view_as(x)
-    grid = np.linspace(0, 1, steps, dtype=np.float32)
-    for i, (t, t_next) in enumerate(zip(grid, grid[1:])):
-        dt, first = float(t_next - t), call(x, t)
-        x = x + dt * ((first + call(x + dt * first, t_next)) / 2 if method == "heun" else first)
-        on_step(i + 1, steps - 1)
-    return x
+    start = x.double().flatten().cpu().numpy()
+    states = solve_ivp(slope, (0, 1), start, method="RK45", atol=atol, rtol=rtol).y  # (values, times)
+    return torch.from_numpy(states[:, -1]).to(x).view_as(x)
 
-def sample_interpolant(net, y, noise, sampler, steps, guidance, guidance_channels, on_step=SILENT, **sde):
-    """sde-euler, sde-heun, ode-euler, ode-heun, ode-dopri5. steps: grid points; of 20, 19 steps and the SDE's last."""
+
+def sample_interpolant(net, y, rng, sampler, steps, guidance, guidance_channels, **sde):
+    """sde-euler, sde-heun, ode-euler, ode-heun, ode-dopri5: labels y (B,) -> latents (B, C, H, W).
+
+    steps: grid points, both ends included. sde: the last arguments of integrate_sde, which an ODE ignores."""
     if steps < 2:
         raise UserError(f"--steps {steps}: the grid needs its two ends; give 2 or more")
-    draw = lambda: noise.normal(net.channels, net.input_size, net.input_size)
-    velocity = lambda x, t: guide(net, x, t, y, net.classes, guidance, guidance_channels)
+    labels = labels_for_guidance(y, net.classes, guidance)
+    velocity = guided(net, labels, guidance, guidance_channels)
+
+    def draw_eps():
+        return rng.normal(net.channels, net.input_size, net.input_size)
+
     kind, method = sampler.split("-")
     if kind == "sde":
-        return integrate_sde(velocity, draw(), steps, draw, method, **sde, on_step=on_step)
-    return integrate_ode(velocity, draw(), steps, method, on_step)
+        return integrate_sde(velocity, draw_eps(), steps, draw_eps, method, **sde)
+    return integrate_ode(velocity, draw_eps(), steps, method)
+
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Masked tokens (MAR, Li et al. 2024): each round fills in some, by a small diffusion for each token.
+# Masked tokens (MAR, Li et al. 2024): each round fills in some of the hidden tokens, by a small diffusion for each.
+# B: images, T: tokens of an image, K: known ones, n: new ones in this round, C: values of a token.
 
-def mar_schedule(tokens: int, rounds: int) -> list:
-    """Hidden tokens at the start of each round, then 0. Cosine, at least one token per round while any is left."""
-    schedule = [tokens]
+
+def mar_schedule(tokens, rounds):
+    """How many tokens are hidden when each round starts, then 0: a cosine, and at least one token a round.
+
+    With more rounds than tokens, those that are left over have nothing to do and are not in the schedule."""
+    schedule = [tokens]  # the first round sees nothing but the label
     for step in range(1, rounds):
         remain = math.floor(tokens * math.cos(math.pi / 2 * step / rounds))
-        schedule.append(max(1, min(schedule[-1] - 1, remain)))
+        remain = min(remain, schedule[-1] - 1)
+        if schedule[-1] > 1:
+            schedule.append(max(remain, 1))
     return schedule + [0]
 
-def sample_tokens(net, y, noise, sampler, steps, guidance, guidance_schedule, temperature, token_steps, on_step=SILENT):
-    """mar. steps: rounds; token_steps: diffusion steps per token. The linear schedule guides the last round most."""
-    order = noise.uniform(net.tokens).argsort(dim=1)  # (B, T): each row fills in its tokens in an order of its own
-    process = GaussianDiffusion("cosine", str(token_steps))
+
+def sample_tokens(net, y, rng, sampler, steps, guidance, guidance_schedule, temperature, token_steps):
+    """mar: labels y (B,) -> latents (B, C, H, W). steps: rounds; token_steps: diffusion steps per token."""
+    process = GaussianDiffusion("cosine", str(token_steps), y.device)
+    order = rng.uniform(net.tokens).argsort(dim=1)  # (B, T): each image fills in its tokens in an order of its own
     tokens = torch.zeros(len(y), net.tokens, net.token_dim, device=y.device)
     schedule = mar_schedule(net.tokens, steps)
-    for step, (hidden, remain) in enumerate(zip(schedule, schedule[1:])):
-        if hidden > remain:
-            known, new = order[:, hidden:].sort(dim=1)[0], order[:, remain:hidden].sort(dim=1)[0]
-            share = (net.tokens - max(remain, 1)) / net.tokens if guidance_schedule == "linear" else 1
-            tokens = fill_in(net, tokens, y, known, new, 1 + (guidance - 1) * share, process, noise, temperature)
-        on_step(step + 1, steps)
+    # A round starts with `hidden` tokens of each image hidden, and leaves `remain` of them.
+    for hidden, remain in zip(schedule, schedule[1:]):
+        n = hidden - remain
+        known = order[:, hidden:].sort(dim=1).values  # (B, K)
+        new = order[:, remain:hidden].sort(dim=1).values  # (B, n)
+
+        # The guidance grows with the share of tokens that are known after this round, or is "constant".
+        scale = guidance
+        if guidance_schedule == "linear":
+            scale = 1 + (guidance - 1) * (net.tokens - max(remain, 1)) / net.tokens
+
+        # The transformer makes a condition z for each token. With guidance it makes two, with the label and without.
+        labels = labels_for_guidance(y, net.classes, scale)
+        copies = 1 if scale == 1 else 2
+        known = known.repeat(copies, 1)
+        encoded = net.encode(tokens.repeat(copies, 1, 1), labels, known)
+        z = net.decode(encoded, known)  # (copies B, T, D)
+        z = gather_tokens(z, new.repeat(copies, 1)).flatten(0, 1)  # (copies B n, D)
+        predict = guided(net.diffloss.net, z, scale, net.token_dim)
+
+        def draw_eps():
+            return rng.normal(n, net.token_dim).flatten(0, 1)  # (B n, C)
+
+        # To the small diffusion each new token is a sample.
+        x = sample_loop(process, predict, draw_eps, temperature=temperature).view(len(y), n, -1)
+        tokens = tokens.scatter(1, new[..., None].expand_as(x), x)
     return net.unpatchify(tokens)
 
-def fill_in(net, tokens, y, known, new, scale, process, noise, temperature):
-    """One round: from the tokens at `known` (B, K), those at `new` (B, n), by the DiffLoss network's own diffusion."""
-    B, n, C = len(tokens), new.shape[1], net.token_dim
-    double = lambda v: torch.cat([v, v]) if scale != 1 else v
-    labels = torch.cat([y, torch.full_like(y, net.classes)]) if scale != 1 else y
-    z = net.decode(net.encode(double(tokens), labels, double(known)), double(known))  # (2B, T, D)
-    z = gather_tokens(z, double(new)).flatten(0, 1)  # (2B n, D): `guide` doubles x and t, z has both labels' halves
-    predict = lambda x, t: guide(lambda x, t, _: net.diffloss.net(x, t, z), x, t, t, 0, scale, C)  # -> (B n, 2C)
-    draw = lambda: noise.normal(n, C).flatten(0, 1)
-    new_tokens = sample_loop(process, predict, draw(), draw, temperature=temperature).view(B, n, C)
-    return tokens.scatter(1, new[..., None].expand(-1, -1, C), new_tokens)
 
-SAMPLERS = dict(ddpm=sample_gaussian, ddim=sample_gaussian, mar=sample_tokens)
-SAMPLERS |= dict.fromkeys(["sde-euler", "sde-heun", "ode-euler", "ode-heun", "ode-dopri5"], sample_interpolant)
+# A sampler is a function (net, y, rng, **settings) -> latents. A model's own settings stand in its entry of MODELS.
+SAMPLERS = {
+    "ddpm": sample_gaussian,
+    "ddim": sample_gaussian,
+    "sde-euler": sample_interpolant,
+    "sde-heun": sample_interpolant,
+    "ode-euler": sample_interpolant,
+    "ode-heun": sample_interpolant,
+    "ode-dopri5": sample_interpolant,
+    "mar": sample_tokens,
+}
+
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The run: images and files, flags, and what happens in order.
+# The run: from labels to images, files, flags, and what happens in order.
+
+load_vae_once = functools.cache(load_vae)  # the same VAE for the same arguments
+
 
 @torch.inference_mode()
-def sample_images(net, vae, labels, start, settings, seed, device, dtype, on_step=SILENT) -> np.ndarray:
-    """Images start, start + 1, ... of the seed's stream, of classes labels (B,) -> uint8 (B, H, W, 3)."""
-    noise, y = RowGenerator((seed,), start, start + len(labels), BLOCK, device), torch.as_tensor(labels, device=device)
+def sample_images(net, labels, seed=0, first=0, vae=None, dtype=torch.float32, **settings):
+    """Images first, first + 1, ... of the seed's stream, of classes labels (B,), in one batch -> uint8 (B, H, W, 3).
+
+    settings: the sampler's arguments, where they differ from the model's own; like steps=50, guidance=4.0."""
+    entry = MODELS[net.name]
+    settings = entry["sampling"] | settings
+    device = device_of(net)
+    y = torch.as_tensor(labels, device=device)
+    rng = RowGenerator((seed,), first, first + len(y), 16, device)  # 16 images share a generator of noise
     with autocast(device, dtype):
-        z = SAMPLERS[settings["sampler"]](net, y, noise, **settings, on_step=on_step)
+        z = SAMPLERS[settings["sampler"]](net, y, rng, **settings)
+    if vae is None:
+        vae = load_vae_once(entry["vae"], None, device)
     return decode_images(vae, z)
 
-def join_parts(out: Path, labels, size: int):
-    """Rank 0: all ranks' images -> samples.npz, uncompressed, and grid.png. Mapped: 50,000 of 256x256 are 10 GB."""
-    parts = [part for r in range(world_size()) if (part := out / PART.format(r)).exists()]
-    with open(parts[0], "ab") as f:
-        for part in parts[1:]:
-            with open(part, "rb") as more:
-                shutil.copyfileobj(more, f, 2**24)
-    images = np.memmap(parts[0], np.uint8, "r").reshape(-1, size, size, 3)
-    if len(images) != len(labels):
-        raise UserError(f"{out} holds {len(images)} of {len(labels)} images; give an --out that all ranks see")
 
-    def write(temporary):
-        with open(temporary, "wb") as f:
-            np.savez(f, arr_0=images, arr_1=labels)
+def join_parts(out, labels, size):
+    """Rank 0: the files of all ranks -> samples.npz and grid.png.
 
-    atomic_write(out / "samples.npz", write)
-    grid_of(images, labels).save(out / "grid.png")
-    for part in out.glob(PART.format("*")):
-        part.unlink()
+    50,000 images of 256x256 are 10 GB, so they are mapped and never in memory at once."""
+    paths = [out / PART.format(r) for r in range(world_size())]
+    with open(paths[0], "ab") as joined:
+        for path in paths[1:]:
+            with open(path, "rb") as part:
+                shutil.copyfileobj(part, joined)
+    images = np.memmap(paths[0], np.uint8, "r", shape=(len(labels), size, size, 3))
+    # A samples.npz is whole, or not there.
+    temporary = out / ".samples.npz"
+    np.savez(temporary, arr_0=images, arr_1=labels)  # not compressed, so that fid.py can map it
+    temporary.replace(out / "samples.npz")
+    make_grid(images, labels).save(out / "grid.png")
+    for path in out.glob(PART.format("*")):
+        path.unlink()
 
-def grid_of(images, labels, rows: int = 10, columns: int = 10) -> Image.Image:
-    """One row per class (the first `rows` classes), white lines between."""
-    classes = sorted(list(dict.fromkeys(labels.tolist()))[:rows])
-    members = [np.flatnonzero(labels == c)[:columns] for c in classes]
-    H, W = images.shape[1:3]
-    canvas = np.full((len(classes) * (H + 2) + 2, max(map(len, members)) * (W + 2) + 2, 3), 255, np.uint8)
-    for r, row in enumerate(members):
-        for j, i in enumerate(row):
-            canvas[2 + r * (H + 2) :, 2 + j * (W + 2) :][:H, :W] = images[i]
-    return Image.fromarray(np.kron(canvas, np.ones((max(1, 64 // H), max(1, 64 // H), 1), np.uint8)))  # small: zoomed
 
-def export(path: Path, net, config: dict, dtype):
-    """The weights alone: .safetensors (8 bytes of header length, a JSON header, raw bytes), else our own format."""
-    state = {k: v.to("cpu", dtype).contiguous() for k, v in net.state_dict().items()}
-    if path.suffix != ".safetensors":  # the DiT release's scripts look for `ema`; it is stored once
-        return save_checkpoint(path, model=state, ema=state, config=config, step=0)
-    code = next(k for k, v in SAFETENSORS_TYPES.items() if v == dtype)
-    header, end = {"__metadata__": {"config": json.dumps(config)}}, 0
-    for k, v in state.items():
-        header[k] = dict(dtype=code, shape=list(v.shape), data_offsets=[end, end := end + v.nbytes])
-    text = json.dumps(header).encode()
-    text = text.ljust(8 * -(-len(text) // 8))
-    raw = [v.flatten().view(torch.uint8).numpy() for v in state.values()]
-    atomic_write(path, lambda temporary: temporary.write_bytes(b"".join([len(text).to_bytes(8, "little"), text, *raw])))
+def make_grid(images, labels):
+    """10 images of each of the first 10 classes, one row per class. Small images are enlarged."""
+    classes = np.unique(labels)[:10]
+    columns = min(10, np.bincount(labels).max())
+    size = images.shape[1]
+    cell = size + 2  # with white lines between
+    grid = Image.new("RGB", (columns * cell + 2, len(classes) * cell + 2), "white")
+    for row, c in enumerate(classes):
+        for column, i in enumerate(np.flatnonzero(labels == c)[:10]):
+            corner = (column * cell + 2, row * cell + 2)
+            grid.paste(Image.fromarray(images[i]), corner)
+    return ImageOps.scale(grid, max(1, 64 // size), Image.NEAREST)
 
-def parse_arguments():
-    parser = Parser(__doc__)
-    spacing = lambda text: text if text[:4] == "ddim" and text[4:].isdecimal() else whole(1)(text)  # see `respace`
-    class_list = lambda text: [whole(0)(part) for part in text.split(",")]
-    add = parser.add_argument_group("what").add_argument
-    add("--model", metavar="NAME", help="a model with weights of its own, like dit-xl; or which one --ckpt holds")
-    add("--ckpt", metavar="FILE|URL", help=f"a checkpoint (default without --model: {STUDENT})")
+
+def export(path, net, config, dtype):
+    """The weights alone, for other people's code: .safetensors, or a checkpoint of ours (.pt)."""
+    state = {key: v.to("cpu", dtype) for key, v in net.state_dict().items()}
+    if path.suffix == ".safetensors":
+        write_safetensors(path, state, config)
+    elif path.suffix == ".pt":
+        # The DiT release's scripts look for `ema`. torch.save stores a tensor once, also where two names have it.
+        save_checkpoint(path, model=state, ema=state, config=config, step=0)
+    else:
+        raise UserError(f"--export {path}: give a file that ends in .safetensors or .pt")
+
+
+def parse_arguments(argv):
+    def step_count(text):
+        return text if text.startswith("ddim") else int(text)
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--model", help="a model with weights of its own, like dit-xl; or what --ckpt holds, where it does not say")
+    add("--ckpt", help=f"a checkpoint (default without --model: {STUDENT})")
     add("--weights", choices=["ema", "model"], default="ema", help="averaged or raw, if it has both (default: ema)")
-    add("--num-images", type=whole(1), default=1000, metavar="N", help="FID-50K needs 50000 (default: 1000)")
-    add("--classes", type=class_list, metavar="I,J,...", help="only these (default: all, in turn)")
-    add("--seed", type=whole(0), default=0, metavar="N", help="of the noise (default: 0)")
-    add = parser.add_argument_group("sampling (default: the model's own settings)").add_argument
-    add("--sampler", choices=SAMPLERS, metavar="NAME", help=", ".join(SAMPLERS))
-    add("--steps", type=spacing, metavar="N|ddimN", help="steps, rounds of mar; ddpm, ddim: ddimN has a fixed stride")
-    add("--guidance", type=real(0), metavar="SCALE", help="classifier-free guidance; 1 is none")
-    add("--guidance-channels", type=whole(1), metavar="C", help="all but mar: latent channels that are guided")
-    add("--guidance-schedule", choices=["linear", "constant"], help="mar: over the rounds")
-    add("--diffusion-form", choices=DIFFUSION_FORMS, help="sde: how much noise when")
-    add("--last-step", choices=["mean", "tweedie", "euler", "none"], help="sde: the step without noise")
-    add("--last-step-size", type=real(0, 0.99, open_low=True), metavar="T", help="sde: its length in time")
-    add("--temperature", type=real(0), metavar="T", help="mar: scale of the noise")
-    add("--token-steps", type=spacing, metavar="N|ddimN", help="mar: diffusion steps per token")
-    add = parser.add_argument_group("output").add_argument
-    add("--out", type=Path, default=Path("out/sample"), metavar="DIR", help="default: out/sample")
+    add("--num-images", type=int, default=1000, help="FID-50K needs 50000 (default: 1000)")
+    add("--classes", nargs="+", help="only these, numbers or names, in turn (default: all that it was trained on)")
+    add("--seed", type=int, default=0)
+    # Of these five, the defaults are the model's own settings.
+    add("--sampler", choices=SAMPLERS)
+    add("--steps", type=step_count, help="steps; rounds of mar. ddpm, ddim: also ddim50 and others of a fixed stride")
+    add("--guidance", type=float, help="scale of the classifier-free guidance; 1 is none")
+    add("--temperature", type=float, help="mar: scale of the noise")
+    add("--token-steps", type=step_count, help="mar: diffusion steps per token, also ddim25")
+    add("--out", type=Path, default=Path("out/sample"), help="a folder (default: out/sample)")
     add("--vae", choices=VAES, help="the decoder (default: the model's own)")
-    add("--vae-ckpt", metavar="FILE|URL", help="its weights (default: the table's)")
-    add("--export", type=Path, metavar="FILE", help="write the weights to a .safetensors or .pt file, and stop")
-    add("--export-dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="default: float32")
-    add = parser.add_argument_group("machine").add_argument
-    add("--batch-size", type=whole(1), default=256, metavar="N", help="images at a time per rank (default: 256)")
+    add("--vae-ckpt", help="its weights (default: the table's)")
+    add("--export", type=Path, help="write the weights to this .safetensors or .pt file, in --dtype, and stop")
+    add("--batch-size", type=int, default=256, help="images at a time per rank (default: 256)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:N (default: auto)")
-    add("--dtype", choices=["float32", "bfloat16", "auto"], default="float32", help="default: float32, exact")
-    add("--compile", action="store_true", help="compile the network first: a minute or two, for faster steps")
-    return parser.parse_args()
+    add("--dtype", choices=["float32", "bfloat16", "float16", "auto"], default="float32", help="default: float32")
+    return parser.parse_args(argv)
 
-def settings_of(args, net, name: str) -> dict:
-    """The model's own settings with those of the command line. Refuses what does not apply to this model."""
+
+def settings_of(args, name):
+    """The model's own settings, and over them those of the command line."""
     own = MODELS[name]["sampling"]
-    given = {k: v for k, v in vars(args).items() if v is not None and any(k in m["sampling"] for m in MODELS.values())}
-    settings = own | given
-    samplers = [k for k, function in SAMPLERS.items() if function is SAMPLERS[own["sampler"]]]
-    takes = f"{name} takes {', '.join(f'--{k}' for k in own)}; samplers {', '.join(samplers)}".replace("_", "-")
-    for k, v in given.items():
-        strided = k == "steps" and isinstance(v, str) and "ddim" not in samplers
-        if k not in own or (k == "sampler" and v not in samplers) or strided:
-            raise UserError(f"--{k.replace('_', '-')} {v} does not apply: {takes}")
-    if settings.get("guidance_channels", 1) > net.channels:
-        raise UserError(f"--guidance-channels {args.guidance_channels}: {name} has {net.channels}; give no more")
-    if args.compile and settings["sampler"] == "mar":
-        raise UserError("--compile does not apply to mar, whose rounds differ in shape; leave it out")
+    settings = dict(own)
+    for key in ("sampler", "steps", "guidance", "temperature", "token_steps"):
+        value = getattr(args, key)
+        if value is None:
+            continue
+        if key not in own:
+            raise UserError(f"--{key.replace('_', '-')} does not apply to {name}; leave it out")
+        settings[key] = value
+    if SAMPLERS[settings["sampler"]] is not SAMPLERS[own["sampler"]]:
+        raise UserError(f"--sampler {args.sampler} is not for {name}; give {own['sampler']} or another of its family")
     return settings
 
-def main():
+
+def choose_classes(words, config, net):
+    """The numbers of the classes to draw. A student's config names those that it was trained on."""
+    names = config.get("classes") or {i: str(i) for i in range(net.classes)}
+    if not words:
+        return list(names)
+    numbers = {str(i): i for i in range(net.classes)}
+    numbers |= {name: i for i, name in names.items()}
+    for word in words:
+        if word not in numbers:
+            known = ", ".join(names.values())
+            raise UserError(f"--classes {word}: there are the numbers 0 to {net.classes - 1} and the names {known}")
+    return [numbers[word] for word in words]
+
+
+def main(argv=None):
     """Load, sample this rank's share of the images, and on rank 0 join the shares."""
-    args = parse_arguments()
+    args = parse_arguments(argv)
+    if not args.model and not args.ckpt:
+        args.ckpt = STUDENT
     device = start_ranks(args.device)
     dtype = choose_dtype(args.dtype, device)
-    net, config = load_model(args.model, args.ckpt or (None if args.model else STUDENT), device, args.weights)
+    net, config = load_model(args.model, args.ckpt, device, args.weights)
     if args.export:
-        return rank() == 0 and export(args.export, net, config, getattr(torch, args.export_dtype))
-    name, settings = config["name"], settings_of(args, net, config["name"])
-    classes = np.array(args.classes or range(net.classes))
-    if classes.max() >= net.classes:
-        raise UserError(f"--classes {classes.max()}: {name} has classes 0 to {net.classes - 1}; give some of them")
-    vae = load_vae(args.vae or MODELS[name]["vae"], args.vae_ckpt, device, dtype)
-    if vae.config["latent"] != net.channels:
-        raise UserError(f"--vae {args.vae} has {vae.config['latent']} channels, {name} {net.channels}; leave it out")
-    facts = dict(device=device.type, dtype=str(dtype)[6:], model=name, depth=sum(net.depths()),
-                 parameters=sum(p.numel() for p in net.parameters()), num=args.num_images, seed=args.seed,
-                 ranks=world_size(), **settings)
-    if rank() == 0:
-        print(", ".join(f"{k} {v}" for k, v in facts.items()), flush=True)
-    torch.backends.cuda.matmul.allow_tf32 = True  # as the DiT release samples; no effect on the CPU
-    cast_frozen(net.requires_grad_(False), dtype)
-    if args.compile:
-        torch._inductor.config.freezing = True  # the weights are constants, laid out for the kernels that read them
-        net = torch.compile(net, dynamic=False)
+        if rank() == 0:
+            export(args.export, net, config, dtype)
+        return
+    settings = settings_of(args, net.name)
+    classes = choose_classes(args.classes, config, net)
+    vae = load_vae(args.vae or MODELS[net.name]["vae"], args.vae_ckpt, device, dtype)
+    vae.scale = config.get("scale", vae.scale)  # that of the latents it was trained on
 
-    part, started, total = args.out / PART.format(rank()), time.time(), args.num_images
-    atomic_write(part, Path.touch)  # a folder that cannot be written is noticed before the work
-    first, last = (total * r // world_size() for r in (rank(), rank() + 1))  # equal shares: nobody waits long
-    batch = min(args.batch_size, -(-total // world_size()))
-    labels = classes[np.arange(total + batch) % len(classes)]
-    progress = Progress("sample", last - first, "images")
-    with open(part, "wb") as f:
-        for start in range(first, last, batch):
-            n = min(batch, last - start)
-            y = labels[start : start + (batch if args.compile else n)]  # any other shape would be compiled anew
-            on_step = lambda step, of: progress.update(round(start - first + n * step / of, 1))
-            images = sample_images(net, vae, y, start, settings, args.seed, device, dtype, on_step)
-            f.write(images[:n].tobytes())
-    barrier()  # all ranks have closed their files: any machine can read them now
+    torch.backends.cuda.matmul.allow_tf32 = True  # as the DiT release samples
+    cast_frozen(net.requires_grad_(False), dtype)
+
+    # This rank's share goes to a file of its own: machines that write into one file can lose parts of it.
+    started = time.time()
+    total = args.num_images
+    labels = np.resize(classes, total)  # 0, 1, ..., 9, 0, 1, ...
+    first = total * rank() // world_size()
+    last = total * (rank() + 1) // world_size()
+    progress = Progress(f"{net.name}, {settings['sampler']}:", last - first, "images")
+    args.out.mkdir(parents=True, exist_ok=True)
+    with open(args.out / PART.format(rank()), "wb") as f:
+        for start in range(first, last, args.batch_size):
+            stop = min(start + args.batch_size, last)
+            images = sample_images(net, labels[start:stop], args.seed, start, vae, dtype, **settings)
+            f.write(images.tobytes())
+            progress.update(stop - first)
+    barrier()  # now all files are closed, and rank 0 can read them
     if rank() == 0:
-        join_parts(args.out, labels[:total], net.input_size * vae.factor)
-        facts["images_per_s"] = round(total / (time.time() - started), 2)
+        join_parts(args.out, labels, net.input_size * vae.factor)
+        facts = dict(
+            device=device.type,
+            dtype=str(dtype).removeprefix("torch."),
+            model=net.name,
+            depth=sum(net.depths()),
+            parameters=sum(p.numel() for p in net.parameters()),
+            num=total,
+            seed=args.seed,
+            ranks=world_size(),
+            **settings,
+            images_per_s=round(total / (time.time() - started), 2),
+        )
         (args.out / "samples.json").write_text(json.dumps(facts) + "\n")
         print(f"{total} images, {facts['images_per_s']} images/s; wrote {args.out}/samples.npz and grid.png")
+
 
 if __name__ == "__main__":
     run_main(main)
