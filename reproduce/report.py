@@ -2,7 +2,7 @@
 
     python reproduce/report.py                        # every table
     python reproduce/report.py space modes            # these
-    python reproduce/report.py --readme               # puts them into the README, and all into docs/results/README.md
+    python reproduce/report.py --readme               # into README.md, docs/evidence.md, docs/results/README.md
     python reproduce/report.py --pictures             # docs/space.png, length.png
 
 A table is a list of lines. Cells like `FD kept=0 4 11&steps=100` are questions: see ANSWERS.
@@ -270,27 +270,46 @@ def modes():
     return lines
 
 
+def judged(criterion, scheme):
+    """For each model, the distances of all that a criterion chose, over its seeds and those of the recovery."""
+    found = []
+    for model, half in FREE.items():
+        values = []
+        for row in choices(model=model, criterion=criterion, scheme=scheme.replace("free", half)):
+            values += recovered(row["kept"], model=model)
+        found.append(values)
+    return found
+
+
 def ideas():
     """The paper's search and its rivals: mean (range) over what their seeds chose and over the recovery's seeds."""
     models = " | ".join(f"FD, {model}" for model in FREE)
     lines = [f"criterion | scheme | {models} | all three, beside learned (geometric mean)"]
     first = {}
-    for criterion in ("learned", "distilled", "greedy", "adapted", "halving", "lowest-loss", "random"):
+    every = "learned sensitivity bi flux-lite distilled greedy adapted halving lowest-loss random"
+    for criterion in every.split():
         for scheme in ("1:2", "free"):
+            found = judged(criterion, scheme)
+            if not all(found):
+                continue
             line = f"{criterion} | {scheme}"
-            means = []
-            for model, half in FREE.items():
-                values = []
-                for row in choices(model=model, criterion=criterion, scheme=scheme.replace("free", half)):
-                    values += recovered(row["kept"], model=model)
-                if values:
-                    means.append(mean(values))
-                    line += f" | {mean(values):.2f}"
+            for values in found:
+                line += f" | {mean(values):.2f}"
                 if len(set(values)) > 1:
                     line += f" ({min(values):.2f} to {max(values):.2f})"
-            if len(means) == len(FREE):
-                together = geometric_mean(means)
-                lines.append(f"{line} | {together / first.setdefault(scheme, together):.2f}")
+            together = geometric_mean(map(mean, found))
+            lines.append(f"{line} | {together / first.setdefault(scheme, together):.2f}")
+    return lines
+
+
+def front():
+    """The README's table: mean FD after 100 steps of recovery. free: any half of the layers."""
+    lines = ["how the layers were chosen | " + " | ".join(FREE)]
+    for criterion, scheme in (
+            ("learned", "1:2"), ("learned", "free"), ("sensitivity", "1:2"), ("sensitivity", "free"),
+            ("lowest-loss", "1:2"), ("lowest-loss", "free"), ("bi", "free"), ("random", "1:2")):
+        distances = [f"{mean(values):.2f}" for values in judged(criterion, scheme)]
+        lines.append(f"`{criterion}`, {scheme} | " + " | ".join(distances))
     return lines
 
 
@@ -413,7 +432,7 @@ def criteria():
 
 
 ALL = (
-    rivals, space, searches, decisive, free, modes, ideas, scarce, groups, thresholds, rates, quarters, young, alone,
+    rivals, space, searches, decisive, free, modes, ideas, front, scarce, groups, thresholds, rates, quarters, young, alone,
     sublayers, cost, speeds, criteria)
 TABLES = {function.__name__: function for function in ALL}
 
@@ -486,8 +505,8 @@ def main():
         draw_length().image.save(ROOT / "docs" / "length.png")
     elif "--readme" in sys.argv:
         (RESULTS / "README.md").write_text(page())
-        readme = ROOT / "README.md"
-        readme.write_text(fill(readme.read_text()))
+        for page_with_tables in (ROOT / "README.md", ROOT / "docs" / "evidence.md"):
+            page_with_tables.write_text(fill(page_with_tables.read_text()))
     else:
         for name in sys.argv[1:] or TABLES:
             print(f"\n## {name}\n\n{table(name)}")
