@@ -281,7 +281,7 @@ def count_blocks(state, name):
     """The number of blocks in a list, from the names of the weights: "blocks.11.attn.qkv.weight" is of the 12th."""
     prefix = f"{name}."
     keys = [key.removeprefix(prefix) for key in state if key.startswith(prefix)]
-    return 1 + max(int(key.split(".")[0]) for key in keys)
+    return 1 + max((int(key.split(".")[0]) for key in keys), default=-1)
 
 
 # Half a block: with --granularity sublayer an attention and an MLP are layers of their own.
