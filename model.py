@@ -126,9 +126,14 @@ class Prunable:
 
     block_lists: the names of its nn.ModuleLists of prunable layers, in order. A layer is addressed by its index over
     all of them: MAR-Large's 0-15 are the encoder's, 16-31 the decoder's. It maps (B, T, D) to (B, T, D); its other
-    arguments are tensors of B rows. channels, input_size, classes: latents are (B, channels, input_size, input_size),
-    labels 0 to classes - 1; `classes` itself means no label. objective(): see the training objectives. The network
-    is made by keyword arguments, which shape_of(state, known) reads from its weights; known: those of the table."""
+    arguments are tensors of B rows. Where it is removed, x passes on unchanged, for all that reads its output.
+
+    channels, input_size, classes: latents are (B, channels, input_size, input_size), labels 0 to classes - 1, and
+    `classes` itself means no label. objective(): see the training objectives.
+
+    The network is made by keyword arguments. shape_of(state, known) reads them from its weights; known: the table's.
+    It is made without memory and then takes the weights of a file: all that it needs must be in its state dict. `kept`
+    is set after that. For --granularity sublayer, blocks have attn, mlp, norm1 and norm2 as MarBlock has."""
 
     kept = None  # of a pruned network, the original index of each layer: for what depends on it, like long skips
 

@@ -178,9 +178,9 @@ class MaskedLayer(DenseMaskedLayer):
         # The samples that skip the layer. There may be none, and a block need not take an empty batch.
         if len(self.off):
             with torch.no_grad():
-                out[self.off] = self.block(*rows(self.off, x, *conditions))
+                out[self.off] = self.block(*rows(self.off, x, *conditions)).to(x.dtype)
         # The samples that use it.
-        out[self.on] = self.block(*rows(self.on, x, *conditions))
+        out[self.on] = self.block(*rows(self.on, x, *conditions)).to(x.dtype)
         m = self.mask.view(-1, 1, 1)
         return m * out + (1 - m) * x
 
@@ -318,7 +318,8 @@ def calibration_loss(net, objective, fixed, dtype=torch.float32):
     """The mean training loss over fixed batches; of a cut network, table 3's calibration loss."""
     losses = []
     for batch in fixed:
-        with autocast(batch["t"].device, dtype):
+        device = next(iter(batch.values())).device
+        with autocast(device, dtype):
             losses.append(objective.loss(objective.predict(net, batch), batch))
     losses = torch.cat(losses).double()  # one for each sample of this rank
     total = torch.stack([losses.sum(), losses.new_tensor(len(losses))])
@@ -496,8 +497,13 @@ def check_family(net):
     a cut layer, and what is saved is what is loaded. All in a few forward passes; no weight is copied."""
     device = next(net.parameters()).device
     layers = net.layers()
-    left_out = 1 % len(layers)  # layer 1, or the only one
-    others = [i for i in range(len(layers)) if i != left_out]
+    left_out = []  # the second layer of each list
+    first = 0
+    for depth in net.depths():
+        if depth > 1:
+            left_out.append(first + 1)
+        first += depth
+    others = [i for i in range(len(layers)) if i not in left_out]
     try:
         objective = net.objective()
         rng = RowGenerator((0,), 0, 2, 2, device)
@@ -519,8 +525,8 @@ def check_family(net):
         raise UserError(f"{type(net).__name__} lacks something that `Prunable` in model.py asks for: {e!r}") from e
     for what, out in (("cut", cut), ("saved and loaded", loaded)):
         if not torch.allclose(out, expected, rtol=1e-3, atol=1e-4):
-            raise UserError(f"{type(net).__name__} without a layer is another network when it is {what} than when the "
-                            "layer is masked; does it use the layers' original_indices()?")
+            raise UserError(f"{type(net).__name__} without layers {left_out} is another network when it is {what} than "
+                            "when they are masked; does it use the layers' original_indices()?")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -690,6 +696,7 @@ def add_training_arguments(parser):
     add("--resume", choices=["auto", "never"], default="auto", help="auto goes on from the newest step-*.pt of --out, "
         "if there is one; never starts anew (default: %(default)s)")
     add("--save-every", type=int, help="between step-*.pt checkpoints (default: the recipe's)")
+    add("--keep", type=int, default=2, help="how many of the newest step-*.pt to keep (default: %(default)s)")
     add("--log-every", type=int, default=20, help="between log lines (default: %(default)s)")
     add = parser.add_argument_group("machine").add_argument
     add("--device", default="auto", help="cpu, cuda, cuda:1; auto takes a GPU if there is one")
@@ -700,7 +707,7 @@ def add_training_arguments(parser):
 
 
 # Flags that a resumed run may change. All others are stored in its checkpoints and compared.
-FREE = ("out", "latents", "resume", "save_every", "log_every", "device", "dtype", "accumulate")
+FREE = ("out", "latents", "resume", "save_every", "keep", "log_every", "device", "dtype", "accumulate")
 
 
 def start_run(args):
@@ -752,12 +759,12 @@ def resume(args, state):
 
 
 def save(args, step, state, **more):
-    """Rank 0 writes step-*.pt, and keeps the newest two."""
+    """Rank 0 writes step-*.pt, and keeps the newest ones."""
     if rank() == 0:
         contents = {name: value.state_dict() for name, value in state.items()}
         path = args.out / f"step-{step:08}.pt"
         save_checkpoint(path, **contents, **more, step=step, args=compared_flags(args))
-        for old in checkpoints(args.out)[:-2]:
+        for old in checkpoints(args.out)[: -args.keep]:
             old.unlink()
     barrier()
 

@@ -1304,8 +1304,8 @@ def silence(block, half):
 
 def inputs_of_criteria(latents, out, *flags):
     """What a criterion takes beside the network and its objective."""
-    fixed = f"--out {out} --device cpu --dtype float32 --steps 20 --batch-size 16 --accumulate 2 --save-every 20 --log-every 1"
-    args = prune.make_parser().parse_args([*fixed.split(), *flags])
+    fixed = f"--out {out} --device cpu --dtype float32 --steps 20 --batch-size 16 --accumulate 2"
+    args = prune.make_parser().parse_args([*fixed.split(), "--save-every=20", "--log-every=1", *flags])
     prune.start_run(args)
     return Batches(Latents(latents), 16, 2, 0, "cpu"), [(1, 2), (1, 2)], args
 
@@ -2360,6 +2360,71 @@ def test_a_new_family_through_every_stage(latents, monkeypatch, tmp_path):
 
     monkeypatch.setitem(model.MODELS["uvit-tiny"], "family", ByPosition)
     assert "another network when it is cut" in user_error(uvit, "prune", "--ckpt", "teacher/student.pt", *training)
+# ---------------------------------------------------------------------------------------------------------------------
+# Data, classes and ideas of one's own.
+
+
+def photos_of(folder, classes):
+    for name in classes:
+        (folder / name).mkdir(parents=True)
+        Image.new("RGB", (32, 32), "red").save(folder / name / "a.png")
+        (folder / name / "._a.png").write_text("macOS's shadow of a.png is no image")
+
+
+def labels_of(folder):
+    return np.load(folder / "labels.npy").tolist()
+
+
+def test_a_subset_keeps_its_classes_numbers(tmp_path, capsys):
+    photos_of(tmp_path / "photos", ["n00000007", "n00000009", ".ipynb_checkpoints"])
+    flags = ["--data", tmp_path / "photos", "--device", "cpu"]
+    run(extract_latents, *flags, "--out", tmp_path / "a")
+    assert labels_of(tmp_path / "a") == [0, 1]
+    printed = capsys.readouterr().err
+    assert "--class-list" in printed and ".ipynb_checkpoints is no class" in printed
+    classes = tmp_path / "classes.txt"
+    classes.write_text("n00000001 tench\nn00000007 cock, the bird\n\nn00000009 hen\n")
+    run(extract_latents, *flags, "--out", tmp_path / "b", "--class-list", classes)
+    assert labels_of(tmp_path / "b") == [1, 2]
+    assert Latents(tmp_path / "b").facts()["classes"] == {1: "n00000007", 2: "n00000009"}
+    (tmp_path / "photos/n00000009").rename(tmp_path / "photos/other")
+    assert "other is not in" in user_error(extract_latents, *flags, "--out", tmp_path / "c", "--class-list", classes)
+
+
+def test_the_scale_is_measured_and_goes_to_the_student(tmp_path):
+    run(extract_latents, "--out", tmp_path / "latents", "--scale", "auto", "--device", "cpu")
+    latents = Latents(tmp_path / "latents")
+    rng = RowGenerator((0,), 0, 256, 256)
+    x = latents.sample_posterior(torch.tensor(latents.moments[:256, 0]), rng)
+    assert abs(x.std() - 1) < 0.02
+    flags = f"--mode scratch --steps 1 --batch-size 4 --device cpu --latents {tmp_path}/latents --out {tmp_path}"
+    run(distill, *flags.split())
+    assert torch.load(tmp_path / "student.pt", weights_only=True)["config"]["scale"] == latents.scale
+
+
+def test_ideas_of_ones_own(latents, teachers, tmp_path):
+    ideas = script("ideas")
+    flags = f"--latents {latents} --device cpu --batch-size 8 --log-every 1 --out {tmp_path}".split()
+    parser = prune.make_parser()
+    parser.add_argument("--depth-weight", type=float, default=1.0)
+    gates = [*flags, "--criterion", "gates", "--scheme", "2:4", "--steps", "2", "--ckpt", f"{teachers}/dit-tiny.pt"]
+    prune.main(gates, parser)
+    line = log_of(tmp_path)[0]
+    assert len(line["kept"]) == 2 and 0 <= line["penalty"] < 1
+    with pytest.raises(UserError, match="depth-weight 1.0, not 2.0"):  # a flag of one's own is compared, too
+        prune.main([*gates, "--depth-weight", "2"], parser)
+
+    h = torch.randn(2, 3, 4)
+    near(ideas.cosine(h, -2 * h, None), torch.full((2,), 2.0))
+    student = ["--student", tmp_path / "shallow.pt", "--out", tmp_path / "d"]
+    run(distill, *flags, *student, "--mode", "cosine", "--steps", 1)
+    assert weights_of(tmp_path / "d/student.pt", "config")["mode"] == "cosine"
+
+
+def test_a_kill_leaves_nothing_behind(latents, teachers, tmp_path):
+    (tmp_path / ".step-00000001.pt.abcd.tmp").write_text("half a checkpoint")
+    run(prune, "--criterion", "random", "--ckpt", teachers / "dit-tiny.pt", "--latents", latents, "--out", tmp_path)
+    assert not list(tmp_path.glob(".*"))
 # ---------------------------------------------------------------------------------------------------------------------
 # The README, docs/ and the house.
 

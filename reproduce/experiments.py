@@ -5,6 +5,7 @@
     python reproduce/experiments.py --only sit-tiny   # cells whose name contains a text
     python reproduce/experiments.py --only speed      # the timings, which the others leave out: while nothing else runs
     python reproduce/experiments.py --again 2         # computes two finished cells of each kind anew and compares
+    python reproduce/experiments.py --score dit-tiny 0,1,2,3,4,7      # how good is a cut? looked up, or computed
 
 A cell is a way through the stages. `losses`: the loss right after every cut of a scheme. `choice`: what one criterion
 keeps. `recovery`: a cut, recovered for some steps, and the Fréchet distance of 500 samples. `speed`: a cut's forward
@@ -363,6 +364,20 @@ def again(count, only):
             print("same" if new[result] == row[result] else f"DIFFERS, {new[result]}", name(row), flush=True)
 
 
+def score(model, layers):
+    """Prints a cut's distance after 100 steps of recovery, and its rank among the cuts whose distance is known."""
+    kept = layers.replace(",", " ")
+    cell = dict(kind="recovery", model=model, kept=kept, mode="masked-kd", steps=100, seed=0)
+    found = {}
+    for row in known():
+        if name(row) == name(cell | dict(kept=row.get("kept"))):
+            found[row["kept"]] = row["fd"]
+    if kept not in found:
+        found[kept] = compute(cell)["fd"]
+    rank = 1 + sum(fd < found[kept] for fd in found.values())
+    print(f"{model}, layers {kept}: FD {found[kept]:.2f} after 100 steps, rank {rank} of {len(found)} known cuts")
+
+
 def missing(rows, only):
     """The cells of the plan that have no row. Timings are left out unless asked for."""
     have = {name(row) for row in rows}
@@ -375,6 +390,7 @@ def main():
     parser.add_argument("--list", action="store_true", help="print what is left, with an estimate, and stop")
     parser.add_argument("--only", default="", metavar="TEXT", help="only cells whose name contains it")
     parser.add_argument("--share", default="0/1", metavar="I/N", help="every Nth cell from the Ith, for N processes")
+    parser.add_argument("--score", nargs=2, metavar=("MODEL", "I,J,..."), help="score one cut, and stop")
     parser.add_argument("--again", type=int, default=0, metavar="N", help="compute N cells of each kind anew, compare")
     args = parser.parse_args()
     os.chdir(ROOT)
@@ -384,6 +400,8 @@ def main():
         print("\n".join(map(name, left)), engine.estimate(steps, seconds_of(known()), ASSUMED), sep="\n\n")
         return
     engine.run([Step("extract_latents", "digits", LATENTS, "--device cpu")])
+    if args.score:
+        return score(*args.score)
     if args.again:
         return again(args.again, args.only)
     first, step = map(int, args.share.split("/"))

@@ -432,8 +432,8 @@ def criteria():
 
 
 ALL = (
-    rivals, space, searches, decisive, free, modes, ideas, front, scarce, groups, thresholds, rates, quarters, young, alone,
-    sublayers, cost, speeds, criteria)
+    rivals, space, searches, decisive, free, modes, ideas, front, scarce, groups, thresholds, rates, quarters, young,
+    alone, sublayers, cost, speeds, criteria)
 TABLES = {function.__name__: function for function in ALL}
 
 
