@@ -122,7 +122,7 @@ def recover(net, average, teacher, objective, batches, pairs, args, config):
     parameters = list(net.parameters())
     optimizer = adamw(dict(params=parameters, lr=args.lr))
     wait_for_gradients = sum_gradients_over_ranks(parameters, args.accumulate)
-    state = dict(model=net, ema=average, optimizer=optimizer)
+    state = dict(model=net, ema=average, optimizer=optimizer)  # what a checkpoint holds
     step = resume(args, state)  # 0, or where a killed run left off
     if pairs:
         of_student = HiddenStates(net, [s for s, _ in pairs])
@@ -146,7 +146,7 @@ def recover(net, average, teacher, objective, batches, pairs, args, config):
                 if teacher:
                     with torch.no_grad():
                         out_teacher = objective.predict(teacher, batch)
-                    losses["kd"] = objective.kd(out, out_teacher, batch)
+                    losses["kd"] = objective.kd(out, out_teacher, batch)  # the same noise, times and dropped labels
                     loss = ALPHA_KD * losses["kd"] + ALPHA_DIFF * losses["diffusion"]
                 if pairs:
                     of_pairs = zip(of_student.take(), of_teacher.take())
@@ -210,7 +210,7 @@ def load_student(args):
     if args.mode != "scratch":
         return load_model(args.model, args.student, args.device)
     name = args.model or "dit-tiny"
-    torch.manual_seed(make_seed(args.seed, 1))
+    torch.manual_seed(make_seed(args.seed, 1))  # of the fresh weights
     net = build_model(name).to(args.device)
     return net, dict(name=name, depth=net.depths())
 

@@ -339,7 +339,7 @@ class ResBlock(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 3 * width))
 
     def forward(self, x, c):
-        shift, scale, gate = self.adaLN_modulation(c).chunk(3, dim=-1)
+        shift, scale, gate = self.adaLN_modulation(c).chunk(3, dim=-1)  # each (N, D)
         return x + gate * self.mlp(modulate(self.in_ln(x), shift, scale))
 
 
@@ -349,7 +349,7 @@ class TokenDenoiser(nn.Module):
     def __init__(self, channels, condition, width, depth):
         super().__init__()
         self.time_embed = TimestepEmbedder(width)
-        self.cond_embed = nn.Linear(condition, width)
+        self.cond_embed = nn.Linear(condition, width)  # z is the condition: what the transformer says of the token
         self.input_proj = nn.Linear(channels, width)
         self.res_blocks = nn.ModuleList(ResBlock(width) for _ in range(depth))
         self.final_layer = FinalLayer(width, 2 * channels)
@@ -541,7 +541,7 @@ class GaussianDiffusion:
         eps, v = out.chunk(2, dim=1)
         low = at(self.posterior_log_variance, t, x_t)
         high = at(self.log_betas, t, x_t)
-        log_variance = (v + 1) / 2 * high + (1 - v) / 2 * low
+        log_variance = (v + 1) / 2 * high + (1 - v) / 2 * low  # v = -1: low, v = 1: high
         # x_t = sqrt(abar) x_0 + sqrt(1 - abar) eps, solved for x_0
         of_x = at(self.sqrt_recip_alphas_cumprod, t, x_t)
         of_eps = at(self.sqrt_recipm1_alphas_cumprod, t, x_t)
@@ -578,7 +578,7 @@ class GaussianDiffusion:
         """MSE of student's and teacher's noise predictions, and KL(teacher || student), (N,)."""
         out = out.float()
         out_teacher = out_teacher.float()
-        eps, _ = out.chunk(2, dim=1)
+        eps, _ = out.chunk(2, dim=1)  # without the variances
         eps_teacher, _ = out_teacher.chunk(2, dim=1)
         mse = flat_mean((eps - eps_teacher) ** 2)
         mean, log_variance, _ = self.p_mean_variance(out_teacher, x_t, t)
@@ -621,7 +621,7 @@ def discretized_log_likelihood(x, mean, log_scale):
     inverse = (-log_scale).exp()  # 1 / std
     upper = approximate_cdf(inverse * (x - mean + 1 / 255))
     lower = approximate_cdf(inverse * (x - mean - 1 / 255))
-    inside = safe_log(upper - lower)
+    inside = safe_log(upper - lower)  # the probability of the bin around x
     at_the_right = torch.where(x > 0.999, safe_log(1 - lower), inside)
     return torch.where(x < -0.999, safe_log(upper), at_the_right)
 
@@ -660,9 +660,9 @@ class NoiseObjective:
 
     def make_batch(self, x, y, rng):
         """Latents x (B, C, H, W), labels y (B,), RowGenerator -> a dict of tensors with B rows."""
-        t = (rng.uniform() * self.diffusion.steps).long()
+        t = (rng.uniform() * self.diffusion.steps).long()  # (B,), 0 to 999
         eps = rng.normal(*x.shape[1:])
-        x_t = self.diffusion.q_sample(x, t, eps)
+        x_t = self.diffusion.q_sample(x, t, eps)  # x with noise
         return dict(x_start=x, x_t=x_t, t=t, eps=eps, y=drop_labels(y, rng, self.classes))
 
     def predict(self, net, batch):
@@ -685,7 +685,7 @@ class VelocityObjective:
         """Latents x (B, C, H, W), labels y (B,), RowGenerator -> a dict of tensors with B rows."""
         t = rng.uniform()  # (B,), on [0, 1)
         eps = rng.normal(*x.shape[1:])
-        s = t.view(-1, 1, 1, 1)
+        s = t.view(-1, 1, 1, 1)  # to multiply with images
         x_t = s * x + (1 - s) * eps
         return dict(x_t=x_t, t=t, velocity=x - eps, y=drop_labels(y, rng, self.classes))
 
@@ -721,7 +721,7 @@ class MaskedTokenObjective:
         known = order[:, count:].sort(dim=1)[0]  # (B, K)
         x_start = gather_tokens(tokens, hidden)  # (B, M, C)
         x_start = x_start[:, None].expand(-1, self.repeats, -1, -1)  # (B, R, M, C)
-        t = (rng.uniform(self.repeats, count) * self.diffusion.steps).long()
+        t = (rng.uniform(self.repeats, count) * self.diffusion.steps).long()  # (B, R, M)
         eps = rng.normal(*x_start.shape[1:])
         x_t = self.diffusion.q_sample(per_token(x_start), per_token(t), per_token(eps)).view_as(eps)
         y = drop_labels(y, rng, self.classes)
@@ -731,7 +731,7 @@ class MaskedTokenObjective:
         return net(batch["tokens"], batch["y"], batch["known"], batch["hidden"], batch["x_t"], batch["t"])
 
     def loss(self, out, batch):
-        loss = self.diffusion.loss(per_token(out), *self.noised(batch), per_token(batch["eps"]))
+        loss = self.diffusion.loss(per_token(out), *self.noised(batch), per_token(batch["eps"]))  # (B R M,)
         return loss.view(len(out), -1).mean(1)
 
     def kd(self, out, out_teacher, batch):
@@ -1116,7 +1116,7 @@ def start_ranks(device="auto"):
 def choose_dtype(name, device):
     """--dtype: auto takes bfloat16 where the hardware has it, float32 where it would be emulated, which is slow."""
     if name != "auto":
-        return getattr(torch, name)
+        return getattr(torch, name)  # "bfloat16" -> torch.bfloat16
     if device.type == "cpu":  # few processors have it
         native = torch.cpu._is_amx_tile_supported()
     else:

@@ -351,7 +351,7 @@ def mean_scores(net, objective, batches, args, measure):
         hidden = inputs[0].float()
         sums[layers.index(layer)] += measure(hidden, out.float()).sum()
 
-    hooks = [layer.register_forward_hook(add) for layer in layers]
+    hooks = [layer.register_forward_hook(add) for layer in layers]  # called at each forward pass
     calibration_loss(net, objective, calibration_batches(objective, batches), args.dtype)
     for hook in hooks:
         hook.remove()
@@ -364,7 +364,7 @@ def keep_best(scores, scheme, args):
     say("scores " + " ".join(f"{i}({score:.4g})" for i, score in enumerate(scores)))
     append_log(args, step=0, scores=scores)
     best_first = np.argsort(scores)[::-1].tolist()  # numpy sorts NaN last, so here it is first
-    kept = []
+    kept = []  # in order: group by group
     for first, n, m in groups_of(scheme):
         group = [i for i in best_first if first <= i < first + m]
         kept += sorted(group[:n])
@@ -434,7 +434,7 @@ def lowest_loss(net, objective, batches, scheme, args):
         cuts = [list(itertools.chain(*choice)) for choice in itertools.product(*of_groups)]
     else:
         rng = np.random.default_rng(make_seed(args.seed, 4))
-        cuts = [random_cut(scheme, rng) for _ in range(args.candidates)]
+        cuts = [random_cut(scheme, rng) for _ in range(args.candidates)]  # some may be alike
     losses = losses_of_cuts(net, objective, calibration_batches(objective, batches), cuts, args.dtype)
     append_log(args, step=0, cuts=cuts, losses=losses)
     say(f"losses of {len(cuts):,} of {total:,} cuts: {min(losses):.4f} to {max(losses):.4f}")
@@ -554,7 +554,7 @@ def split_layers(net):
             if block.attn is None or block.mlp is None:
                 layers.append(block)  # a student's, which is a half already
             else:
-                attention = copy.deepcopy(block)
+                attention = copy.deepcopy(block)  # loses its MLP, the original its attention
                 remove_half(attention, "mlp")
                 remove_half(block, "attn")
                 layers += [attention, block]
@@ -642,7 +642,7 @@ def main(argv=None, parser=None):
         scheme = parse_scheme(args.scheme, net.depths())
     check_family(net)
     objective = net.objective()
-    batches = None
+    batches = None  # without latents
     if args.criterion not in NEED_NO_LATENTS or Path(args.latents, "meta.json").exists():
         latents = Latents(args.latents)
         check_fit(net, latents, args.latents)
@@ -651,7 +651,7 @@ def main(argv=None, parser=None):
     say(f"{args.criterion}: {config['name']}, {sum(net.depths())} layers, on {args.device} in {args.dtype}")
 
     kept = CRITERIA[args.criterion](net, objective, batches, scheme, args)
-    kept = check_kept(kept, scheme)
+    kept = check_kept(kept, scheme)  # a criterion may be anybody's
     shallow, config = prune_layers(args, scheme, kept)
     loss = None
     if batches:
@@ -842,7 +842,7 @@ def adamw(*groups):
 
 def clip_and_step(optimizer, parameters, sums):
     """Clips the gradient's norm to 1 and makes a step, which is skipped if the gradient is not finite."""
-    norm = nn.utils.clip_grad_norm_(parameters, 1.0)
+    norm = nn.utils.clip_grad_norm_(parameters, 1.0)  # the same on all ranks
     skipped = (~norm.isfinite()).float()
     optimizer.found_inf = skipped  # fused AdamW reads it on the device: the host need not wait to know
     optimizer.step()
