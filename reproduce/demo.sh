@@ -7,6 +7,9 @@ model=${1:-dit-tiny}
 out=out
 [ "$model" = dit-tiny ] || out=out/$model
 SECONDS=0
+# By default, glibc gives large freed blocks back to the system, which then clears their pages anew. To keep them makes
+# the digits' sampling a quarter faster on a CPU. It changes no number.
+export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=17179869184
 
 python extract_latents.py
 python prune.py --model "$model" --out "$out/prune" --resume never

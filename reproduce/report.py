@@ -158,17 +158,6 @@ def answer(cell):
 # The tables, in the order of docs/results/README.md. Each is a list of lines; the first has the names of the columns.
 
 
-def rivals():
-    """What each criterion keeps, of 1:2 and free of it, and what becomes of it; a mean over its seeds."""
-    lines = ["criterion | keeps at 1:2 | FD, 100 steps | keeps at 6:12 | FD, 100 steps"]
-    every = "learned distilled lowest-loss greedy halving sensitivity oracle adapted probe bi flux-lite random"
-    for criterion in every.split():
-        grid = f"criterion={criterion}&scheme=1:2"
-        free = f"criterion={criterion}&scheme=6:12"
-        lines.append(f"{criterion} | keeps {grid} | mean-FD {grid} | keeps {free} | mean-FD {free}")
-    return lines
-
-
 def space():
     """The cuts of 1:2, dit-tiny, by length of the recovery; and the rank of what the search chose."""
     loss = one_of_each(losses())
@@ -196,32 +185,6 @@ def searches():
     for row in choices(criterion="learned", scheme="1:2"):
         kept = row["kept"]
         lines.append(f"{row['seed']} | {kept} | {rank_of(kept, loss)} | {found[kept]:.2f} | {rank_of(kept, found)}")
-    return lines
-
-
-def decisive():
-    """What each choice of a group is worth over the whole space, beside what the loss and the search say of it."""
-    loss = one_of_each(losses())
-    found = distances(loss)
-    searched = choices(criterion="learned", scheme="1:2")
-    lines = ["layers | mean FD with one or the other, 32 cuts each | mean loss right after the cut | the search's "
-             "probability of the first, mean (range) of 5 seeds"]
-    loss_right = 0
-    search_right = 0
-    for a in range(0, 12, 2):
-        one = [kept for kept in found if str(a) in kept.split()]
-        other = [kept for kept in found if kept not in one]
-        fds = [mean(map(found.get, one)), mean(map(found.get, other))]
-        after = [mean(map(loss.get, one)), mean(map(loss.get, other))]
-        sure = [100 * row["confidence"][a] for row in searched]
-        loss_right += (after[0] < after[1]) == (fds[0] < fds[1])
-        search_right += (mean(sure) > 50) == (fds[0] < fds[1])
-        lines.append(f"{a} or {a + 1} | {fds[0]:.2f} or {fds[1]:.2f} | {after[0]:.3f} or {after[1]:.3f} | "
-                     f"{mean(sure):.0f} % ({min(sure):.0f} to {max(sure):.0f})")
-    lines.append(f"says what the FD says |  | {loss_right} of 6 | {search_right} of 6")
-    for pair in ("4 10", "4 11", "5 10", "5 11"):
-        cuts = [kept for kept in found if set(pair.split()) < set(kept.split())]
-        lines.append(f"16 cuts with {pair}: rank correlation |  | {correlation(cuts, found, loss).statistic:.2f} | ")
     return lines
 
 
@@ -262,7 +225,7 @@ def free():
 
 
 def modes():
-    """Table 5 and figure 14 at home: one cut, recovered in every way."""
+    """Table 5 and figure 14 on the digits: one cut, recovered in every way."""
     lines = ["mode | FD, a run of 100 steps | a run of 800: at 200 | at 400 | at its end"]
     for mode in MODES:
         fd = f"FD mode={mode}"
@@ -313,61 +276,18 @@ def front():
     return lines
 
 
-def scarce():
-    """Fewer layers: 12 -> 4 and 12 -> 3, dit-tiny."""
-    lines = ["layers | cut | keeps | loss | its rank | FD, 100 steps | 800"]
-    for depth in (4, 3):
-        loss = losses(f"{depth}:12")
-        names = special_cuts(loss, choices(depth), 12 // depth)
-        lines += cut_lines(f"{depth} | ", names, loss, (100, 800))
-    return lines
-
-
-def groups():
-    """Table 4 at home: groups and dW; three searches each, and three recoveries of each cut."""
-    lines = ["dW | cuts at 1:2 | FD | cuts at 2:4 | FD | cuts at 6:12 | FD"]
-    for delta in (None, "full", "frozen"):
-        line = delta or "lora"
-        for scheme in ("1:2", "2:4", "6:12"):
-            found = choices(criterion="learned", scheme=scheme, delta_w=delta)
-            kept = [row["kept"] for row in found if row["seed"] < 3]
-            values = [fd for cut in kept for fd in recovered(cut)]
-            line += f" | {len(set(kept))} of {len(kept)} | {spread(values)}"
-        lines.append(line)
-    return lines
-
-
 def thresholds():
-    """Table 5 at home: which activations are masked, after 100 steps."""
+    """Table 5 on the digits: which activations are masked, after 100 steps."""
     return [
         "masked beyond, in std | FD", "0.1 | FD sigma=0.1", "1 | FD sigma=1", "2 | FD steps=100", "4 | FD sigma=4",
         "none is (rep-kd) | FD mode=rep-kd"]
 
 
 def rates():
-    """Table 8 at home: the recovery's learning rate."""
+    """Table 8 on the digits: the recovery's learning rate."""
     return [
         "lr | FD, 800 steps", "0.002 | FD steps=800&lr=2e-3", "0.001 | FD steps=800", "0.0005 | FD steps=800&lr=5e-4",
         "0.00025 | FD steps=800&lr=2.5e-4"]
-
-
-def quarters():
-    """Table 7 at home: 12 -> 3 at once, or by way of a recovered half; and who teaches."""
-    lines = ["cut from | keeps, of the whole's layers | teacher | FD, 800 steps"]
-    for what, kept in (("the whole, 1:4", "0 4 11"), ("the half, 1:2", f"0 2 5&parent={LEARNED}")):
-        for teacher in ("whole", "half"):
-            lines.append(f"{what} | 0 4 11 | the {teacher} | FD steps=800&teacher={teacher}&kept={kept}")
-    return lines
-
-
-def young():
-    """Is it the teacher? The same cuts of a teacher that was trained for 2,000 steps, not 11,000."""
-    lines = ["teacher's steps | cut | keeps | loss | rank of 924 | FD, 100 steps"]
-    for start, trained, more in (("11000 | ", None, "&seed=0"), ("2000 | ", 2000, "&seed=0&trained=2000")):
-        loss = losses(trained=trained)
-        names = special_cuts(loss, choices(criterion="learned", seed=0, trained=trained))
-        lines += cut_lines(start, names, loss, [100], more)
-    return lines
 
 
 def alone():
@@ -409,7 +329,7 @@ def cost():
 
 
 def speeds():
-    """Figure 4 at home: the forward pass against depth."""
+    """Figure 4 on the digits: the forward pass against depth."""
     lines = ["layers | ms | times as fast | 12 / layers"]
     for depth in (12, 9, 6, 4, 3, 2, 1):
         for row in rows("speed", kept=" ".join(map(str, range(depth)))):
@@ -431,9 +351,7 @@ def criteria():
     return lines
 
 
-ALL = (
-    rivals, space, searches, decisive, free, modes, ideas, front, scarce, groups, thresholds, rates, quarters, young,
-    alone, sublayers, cost, speeds, criteria)
+ALL = (space, searches, free, modes, ideas, front, thresholds, rates, alone, sublayers, cost, speeds, criteria)
 TABLES = {function.__name__: function for function in ALL}
 
 
