@@ -17,8 +17,7 @@ python sample.py --ckpt "$out/distill/student.pt" --out "$out/sample"
 for samples in sample-teacher sample-cut sample; do
     python fid.py "$out/$samples/samples.npz" --json "$out/$samples/fid.json" > /dev/null
 done
-python reproduce/table.py "$model, pruned and recovered" --picture "$out/demo.png" \
-    "teacher||$out/sample-teacher" "cut||$out/sample-cut" "student||$out/sample"
-echo "Pictures: $out/demo.png (samples side by side), $out/prune/decision.png (the search), $out/distill/loss.png" \
-    "(the recovery)."
+python reproduce/table.py "$out/demo.png" \
+    "teacher=$out/sample-teacher" "cut=$out/sample-cut" "student=$out/sample"
+echo "Pictures: $out/demo.png (samples side by side), $out/prune/decision.png (the search)."
 echo "Everything took $((SECONDS / 60)) min $((SECONDS % 60)) s."

@@ -6,9 +6,11 @@ distilled    the paper's search, on the distillation loss of the uncut network i
 greedy       removes one layer after another, each time the one whose removal leaves the least loss
 adapted      trains LoRA under masks drawn uniformly for 200 steps, then takes the cut of the least loss with it
 halving      the eight cuts of the least loss, fine-tuned for 10 steps; the better half for 10 more; and once more
+probe        removes in each group the layers that one linear map replaces best
 
-The fifth idea needs no code: --criterion learned --scheme 6:12, the paper's search free of the 1:2 grid.
+An idea that needs no code: --criterion learned --scheme 6:12, the paper's search without local groups.
 """
+import collections
 import copy
 import itertools
 import sys
@@ -19,90 +21,145 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import prune
 from model import make_seed, run_main
-from prune import calibration, calibration_loss, groups_of, keeping
+from prune import (
+    GroupMasks, MaskedLayer, adamw, calibration_batches, calibration_loss, groups_of, losses_of_cuts, set_masks)
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Another loss for the paper's search.
 
 
 class Distilled:
     """An objective whose loss is the distillation loss: 0.9 of being like the uncut network, 0.1 of being right."""
 
     def __init__(self, objective, teacher):
-        self.make_batch, self.predict, self.inner, self.teacher = objective.make_batch, objective.predict, objective, teacher
+        self.make_batch = objective.make_batch
+        self.predict = objective.predict
+        self.plain = objective
+        self.teacher = teacher
 
     def loss(self, out, batch):
         with torch.no_grad():
             target = self.predict(self.teacher, batch)
-        return 0.9 * self.inner.kd(out, target, batch) + 0.1 * self.inner.loss(out, batch)
+        return 0.9 * self.plain.kd(out, target, batch) + 0.1 * self.plain.loss(out, batch)
 
 
-def distilled(net, objective, batches, scheme, run) -> list:
-    """The paper's search on another loss."""
-    return prune.learned(net, Distilled(objective, copy.deepcopy(net)), batches, scheme, run)
+def distilled(net, objective, batches, scheme, args):
+    objective = Distilled(objective, copy.deepcopy(net))
+    return prune.learned(net, objective, batches, scheme, args)
 
 
-def greedy(net, objective, batches, scheme, run) -> list:
+# ---------------------------------------------------------------------------------------------------------------------
+# Criteria that look at the loss of whole cuts.
+
+
+def greedy(net, objective, batches, scheme, args):
     """57 losses for 12 -> 6, where all cuts are 924; no group falls below its N."""
-    draws, group = calibration(objective, batches), [g for g, (_, m) in enumerate(scheme) for _ in range(m)]
-    kept = list(range(len(group)))
+    fixed = calibration_batches(objective, batches)
+    kept = list(range(sum(m for _, m in scheme)))
     while len(kept) > sum(n for n, _ in scheme):
-        spare, losses = [i for i in kept if sum(group[k] == group[i] for k in kept) > scheme[group[i]][0]], {}
-        for i in spare:
-            with keeping(net, [k for k in kept if k != i]):
-                losses[i] = calibration_loss(net, objective, draws, run)
-        kept.remove(min(losses, key=losses.get))
+        cuts = []
+        for first, n, m in groups_of(scheme):
+            group = [i for i in kept if first <= i < first + m]
+            if len(group) > n:
+                for i in group:
+                    cuts.append([k for k in kept if k != i])
+        losses = losses_of_cuts(net, objective, fixed, cuts, args.dtype)
+        kept = cuts[losses.index(min(losses))]
     return kept
 
 
-def losses_of(net, objective, draws, scheme, run) -> dict:
-    """{kept layers: loss} of every cut that the scheme allows, the lowest first."""
-    choices, losses = [itertools.combinations(range(first, first + m), n) for first, n, m in groups_of(scheme)], {}
-    for parts in itertools.product(*choices):
-        kept = tuple(itertools.chain(*parts))
-        with keeping(net, kept):
-            losses[kept] = calibration_loss(net, objective, draws, run)
-    return dict(sorted(losses.items(), key=lambda item: item[1]))
-
-
-def train(net, objective, batches, steps, optimizer, before=lambda noise: None):
-    """A few plain steps on the objective's loss."""
+def train(net, objective, batches, steps, optimizer, args, prepare=lambda rng: None):
+    """A few steps on the objective's loss. prepare(rng): what is to be done before each."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    wait_for_gradients = prune.sum_gradients_over_ranks(parameters, args.accumulate)
     for step in steps:
-        for x, y, noise in batches(step):
-            batch = objective.make_batch(x, y, noise)
-            before(noise)
-            objective.loss(objective.predict(net, batch), batch).mean().backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+        for part in range(args.accumulate):
+            x, y, rng = batches(step, part)
+            batch = objective.make_batch(x, y, rng)
+            prepare(rng)
+            loss = objective.loss(objective.predict(net, batch), batch).sum() / args.batch_size
+            loss.backward()
+        wait_for_gradients()
+        prune.clip_and_step(optimizer, parameters, collections.Counter())
 
 
-def adapted(net, objective, batches, scheme, run, steps=200) -> list:
+def adapted(net, objective, batches, scheme, args, steps=200):
     """What the search's dW is worth without its logits: all masks are equally likely, then every cut is tried."""
-    torch.manual_seed(make_seed(run.args.seed, 2))
-    delta, blocks = prune.add_delta_w(net, "lora", 8), net.layers()
-    masks = prune.LayerMasks(scheme, run.device).requires_grad_(False)
-    layers, optimizer = [prune.MaskedLayer(block) for block in blocks], prune.adamw(dict(params=delta, lr=1e-3))
+    torch.manual_seed(make_seed(args.seed, 2))  # LoRA's A
+    delta = prune.add_delta_w(net, "lora")
+    blocks = net.layers()
+    layers = [MaskedLayer(block) for block in blocks]
+    masks = GroupMasks(scheme, args.device).requires_grad_(False)
+    optimizer = adamw(dict(params=delta, lr=1e-3))
     net.replace_layers(layers)
-    train(net, objective, batches, range(steps), optimizer, lambda noise: masks.draw(layers, noise, tau=1.0))
+    train(net, objective, batches, range(steps), optimizer, args, lambda rng: set_masks(layers, masks.sample(rng, 1.0)))
     net.replace_layers(blocks)
-    return list(next(iter(losses_of(net, objective, calibration(objective, batches), scheme, run))))
+    return prune.lowest_loss(net, objective, batches, scheme, args)
 
 
-def halving(net, objective, batches, scheme, run, start=8, each=10) -> list:
+def halving(net, objective, batches, scheme, args, start=8, each=10):
     """Successive halving: what costs most, fine-tuning, is spent on the cuts that may still win."""
-    draws, racers = calibration(objective, batches), {}
-    for kept in list(losses_of(net, objective, draws, scheme, run))[:start]:
-        racer = copy.deepcopy(net)
-        racer.keep_layers(kept)
-        racers[kept] = racer.train().requires_grad_(True), prune.adamw(dict(params=list(racer.parameters()), lr=1e-3))
-    for turn in range(start.bit_length() - 1):
-        for racer, optimizer in racers.values():
-            train(racer, objective, batches, range(each * turn, each * (turn + 1)), optimizer)
-        losses = {kept: calibration_loss(racer, objective, draws, run) for kept, (racer, _) in racers.items()}
-        racers = {kept: racers[kept] for kept in sorted(racers, key=losses.get)[: len(racers) // 2]}
-    return list(next(iter(racers)))
+    fixed = calibration_batches(objective, batches)
+    of_groups = [itertools.combinations(range(first, first + m), n) for first, n, m in groups_of(scheme)]
+    cuts = [tuple(itertools.chain(*parts)) for parts in itertools.product(*of_groups)]
+    losses = dict(zip(cuts, losses_of_cuts(net, objective, fixed, cuts, args.dtype)))
+    left = sorted(cuts, key=losses.get)[:start]
+    students = {}
+    optimizers = {}
+    for kept in left:
+        student = copy.deepcopy(net)
+        student.keep_layers(kept)
+        students[kept] = student.train().requires_grad_(True)
+        optimizers[kept] = adamw(dict(params=list(student.parameters()), lr=1e-3))
+    done = 0
+    while len(left) > 1:
+        losses = {}
+        for kept in left:
+            train(students[kept], objective, batches, range(done, done + each), optimizers[kept], args)
+            losses[kept] = calibration_loss(students[kept], objective, fixed, args.dtype)
+        done += each
+        left = sorted(losses, key=losses.get)[: len(left) // 2]
+    return list(left[0])
 
 
-prune.CRITERIA |= dict(distilled=distilled, greedy=greedy, adapted=adapted, halving=halving)
+# ---------------------------------------------------------------------------------------------------------------------
+# A criterion that looks at hidden states.
+
+
+@torch.no_grad()
+def probe(net, objective, batches, scheme, args):
+    """PPCL (Ma et al. 2025, arXiv 2511.16156): each group loses the M - N neighbours that a linear map replaces best.
+
+    A least-squares map A from the input x of the first of them to the output y of the last leaves the share
+    |y - x A|^2 / |y|^2 unexplained. Several ranks would each ask their own samples: give it one."""
+    layers = net.layers()
+    inputs = collections.defaultdict(list)
+    outputs = collections.defaultdict(list)
+
+    def remember(layer, arguments, out):
+        inputs[layer].append(arguments[0].flatten(0, 1).double())  # (B T, D)
+        outputs[layer].append(out.flatten(0, 1).double())
+
+    hooks = [layer.register_forward_hook(remember) for layer in layers]
+    calibration_loss(net, objective, calibration_batches(objective, batches), args.dtype)
+    for hook in hooks:
+        hook.remove()
+    kept = []
+    for first, n, m in groups_of(scheme):
+        unexplained = {}
+        for a in range(first, first + n + 1):
+            b = a + m - n  # layers a to b - 1 are replaced
+            if a < b:
+                x = torch.cat(inputs[layers[a]])
+                y = torch.cat(outputs[layers[b - 1]])
+                residual = y - x @ torch.linalg.lstsq(x, y).solution
+                unexplained[a, b] = residual.square().sum().item() / y.square().sum().item()
+        a, b = min(unexplained, key=unexplained.get, default=(first, first))
+        kept += [i for i in range(first, first + m) if not a <= i < b]
+    return kept
+
+
+prune.CRITERIA |= dict(distilled=distilled, greedy=greedy, adapted=adapted, halving=halving, probe=probe)
 
 if __name__ == "__main__":
     run_main(prune.main)
