@@ -8,7 +8,6 @@ A backward pass costs two forward passes, or one where weights need no gradient 
 layers have none.
 """
 import copy
-import itertools
 import statistics
 import sys
 import tempfile
@@ -108,8 +107,9 @@ def main():
         "masked-KD step": partial(step_of, recovery, half),
     }
     layers = dict(formula=prune.DenseMaskedLayer, fast=prune.MaskedLayer)
-    for delta_w, (name, layer) in itertools.product(("lora", "full"), layers.items()):
-        functions[f"search step, {delta_w}, {name}"] = partial(step_of, partial(search, delta_w, layer), net)
+    for delta_w in ("lora", "full"):
+        for name, layer in layers.items():
+            functions[f"search step, {delta_w}, {name}"] = partial(step_of, partial(search, delta_w, layer), net)
     times = in_turn(functions, rounds=3)
     whole = times["forward pass, all layers"]
     times["least of a masked-KD step"] = whole + 3 * times["forward pass, half"]

@@ -82,11 +82,12 @@ def main():
         for name in ("loss", "diffusion", "kd", "rep"):
             if 0 < line.get(name, 0) < math.inf:
                 curves.setdefault(name, []).append((line["step"], line[name]))
-    ends = [curves["loss"][0][0], curves["loss"][-1][0]]
+    x_ticks = [curves["loss"][0][0] / 2, curves["loss"][-1][0]]
     values = [value for points in curves.values() for _, value in points]
-    low = min(values)
-    y_ticks = [low * (max(values) / low) ** (k / 5) for k in range(6)]
-    chart = draw_curves(f"Losses of {folder}", "step", "loss", ends, y_ticks, curves)
+    low = 0.9 * min(values)
+    high = 1.1 * max(values)
+    y_ticks = [low * (high / low) ** (k / 5) for k in range(6)]
+    chart = draw_curves(f"Losses of {folder}", "step", "loss", x_ticks, y_ticks, curves)
     chart.image.save(folder / "loss.png")
 
 

@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # whoever imports this module can import the stages
 
 
-@dataclass(frozen=True)
+@dataclass
 class Step:
     """One command line of one stage."""
 

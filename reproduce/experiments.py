@@ -60,7 +60,7 @@ TEACHERS = {  # how the bundled weights were trained: steps, and what differs be
     "sit-tiny": (4_000, "--batch-size 64 --ema 0.999"),
     "mar-tiny": (16_000, "--batch-size 32 --ema 0.9995"),
 }
-ASSUMED = dict(sample=0.03, fid=3)  # seconds a unit, on one core
+ASSUMED = dict(sample=0.03, fid=6)  # seconds a unit, on one core
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The plan, the most telling first. A line stands for all combinations of its values. scheme=free: report.FREE.
@@ -148,7 +148,7 @@ def plan(rows):
 def spelled_out(row, rows):
     """The cells that a combination of values stands for."""
     if row["kind"] == "recovery":
-        row = dict(mode="masked-kd") | row
+        row.setdefault("mode", "masked-kd")
     if row.get("scheme") == "free":
         row["scheme"] = FREE[row["model"]]
     if "parent" in row:
@@ -361,7 +361,7 @@ def again(count, only):
         rows = [row for row in known() if row["kind"] == kind and only in name(row) and "draws" not in row]
         for row in rows[:count]:
             new = compute({key: row[key] for key in ("kind", *FIELDS[kind].split()) if key in row})
-            print("same" if new[result] == row[result] else f"DIFFERS, {new[result]}", name(row), flush=True)
+            print("same" if new[result] == row[result] else f"DIFFERS, {new[result]}", name(row))
 
 
 def score(model, layers):

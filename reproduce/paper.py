@@ -203,8 +203,8 @@ def main():
     add("--gpus", type=int, default=1, help="on this machine (default: %(default)s)")
     add("--latents", default="out/latents", help="default: %(default)s; for MAR: the same with -kl16")
     add("--steps", type=int, help="of each recovery (default: the table's)")
-    for stage in ("extract", "prune", "distill", "sample"):
-        add(f"--{stage}", default="", metavar="FLAGS", help='more flags: --distill="--seed 1 --accumulate 2"')
+    for flag in ("--extract", "--prune", "--distill", "--sample"):
+        add(flag, default="", metavar="FLAGS", help='more flags: --distill="--seed 1 --accumulate 2"')
     add("--out", type=Path, default=Path("out/paper"), help="default: %(default)s")
     args = parser.parse_args()
     os.chdir(ROOT)

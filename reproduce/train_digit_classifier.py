@@ -28,9 +28,9 @@ def distort(x):
     return F.grid_sample(x, F.affine_grid(theta, x.shape, align_corners=False), align_corners=False)
 
 
-def train_digits(x, y, epochs=12, batch=128, seed=0):
+def train_digits(x, y, epochs=12, batch=128):
     """x (N, 1, 32, 32), y (N,) -> a DigitNet with weights that are rounded to float16."""
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     net = DigitNet()
     steps = epochs * (len(x) // batch)
     optimizer = torch.optim.AdamW(net.parameters(), lr=3e-3, weight_decay=1e-2)
