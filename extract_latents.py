@@ -636,6 +636,7 @@ def check_fit(net, latents, directory):
 
 
 def main(argv=None):
+    """Encodes the images of --data into the folder --out, all ranks together."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--data", default=DIGITS, help="folder of class folders, or .npz (default: the bundled digits)")

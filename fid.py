@@ -516,6 +516,7 @@ class ImageFolder:
 
 
 def open_images(path):
+    """A folder or an .npz -> ImageFolder or NpzImages; UserError if it is neither."""
     path = Path(path)
     if path.is_dir():
         return ImageFolder(path)
@@ -533,6 +534,7 @@ def open_images(path):
 
 
 def main(argv=None):
+    """Prints the measures of the samples against a reference."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("samples", nargs="?", default="out/sample/samples.npz",

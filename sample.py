@@ -376,6 +376,7 @@ def export(path, net, config, dtype):
 
 
 def parse_arguments(argv):
+    """The command line. Settings that are None are the model's own."""
     def step_count(text):
         return text if text.startswith("ddim") else int(text)
 
