@@ -1048,8 +1048,9 @@ def fetch(file, url):
 def download(url, path):
     """The file appears when it is complete. A connection that breaks is an error."""
     def show(blocks, block_size, total):
-        progress.total = total
-        progress.update(blocks * block_size)
+        if total > 0:  # a server need not say the length
+            progress.total = total
+            progress.update(blocks * block_size)
 
     progress = Progress(f"download {path.name}", 1, "bytes")
     try:
