@@ -10,6 +10,8 @@ The loss is eq. 8 of the paper, L = a_KD L_KD + a_Diff L_Diff + b L_Rep:
     L_KD     the student's output should be the teacher's              (model.py: objective.kd)
     L_Rep    its hidden states too, except for massive activations     (here: masked_mse)
 
+Its terms have scales of their own: the first line that a run prints says what share of the loss each of them has.
+
 Modes (table 5): masked-kd has all three; rep-kd has L_Rep without the mask; logits-kd leaves L_Rep out; finetune has
 L_Diff alone; scratch too, from fresh weights. Teacher and student get the same batch: the same noise, times and
 dropped labels. Writes to --out: student.pt (raw and averaged weights), log.jsonl, step-*.pt to resume from.
@@ -26,10 +28,10 @@ import torch
 from extract_latents import Batches, Latents, check_fit
 from model import (
     MODELS, Progress, UserError, autocast, build_model, cast_frozen, load_model, make_seed, rank, read_state, run_main,
-    save_checkpoint)
+    save_checkpoint, world_size)
 from prune import (
-    adamw, add_training_arguments, check_family, clip_and_step, ema_update, fill_recipe, log, resume,
-    save, say, split_layers, start_run, sum_gradients_over_ranks)
+    adamw, add_training_arguments, calibration_batches, check_family, clip_and_step, ema_update, fill_recipe, log,
+    resume, save, say, split_layers, start_run, sum_gradients_over_ranks, sum_over_ranks)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Hidden states: which layers are matched, and the masked loss between them.
@@ -109,10 +111,40 @@ HIDDEN_LOSSES = {"masked-kd": masked_mse, "rep-kd": plain_mse}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The recovery.
+# The weights of the three losses.
 
 ALPHA_KD = 0.9  # table 6
 ALPHA_DIFF = 1 - ALPHA_KD
+PAPER_SCALE = 0.01 * 12.5**2  # b of table 6, times the mean square of DiT-XL's hidden states (figure 8: a std of 12.5)
+
+
+@torch.no_grad()
+def default_beta(teacher, of_teacher, objective, batches, args):
+    """The weight b of L_Rep that stands to the teacher's hidden states as the paper's b stands to DiT-XL's.
+
+    L_Rep grows with the square of the hidden states, which are of very different size in different networks: with
+    b = 0.01 it would be nearly all of one network's loss, and 1 % of another's."""
+    squares = []
+    for batch in calibration_batches(objective, batches):
+        with autocast(args.device, args.dtype):
+            objective.predict(teacher, batch)
+        squares += [state.float().square().mean() for state in of_teacher.take()]
+    mean_square = sum_over_ranks(torch.stack(squares).mean()).item() / world_size()
+    return float(f"{PAPER_SCALE / mean_square:.2g}")  # rounded, so that it does not depend on the number of ranks
+
+
+def say_shares(losses, weights):
+    """Prints what share of the loss each term has, in this rank's rows of the batch."""
+    terms = {name: weights[name] * value.detach().sum().item() for name, value in losses.items()}
+    shares = []
+    for name, term in terms.items():
+        shares.append(f"{weights[name]:.2g} x {name} {100 * term / sum(terms.values()):.0f} %")
+    say("loss at the start: " + ", ".join(shares))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The recovery.
+
 
 
 def recover(net, average, teacher, objective, batches, pairs, args, config):
@@ -128,13 +160,20 @@ def recover(net, average, teacher, objective, batches, pairs, args, config):
         of_student = HiddenStates(net, [s for s, _ in pairs])
         of_teacher = HiddenStates(teacher, [t for _, t in pairs])
         hidden_loss = HIDDEN_LOSSES[args.mode]
+        beta = args.beta
+        if beta is None:
+            beta = default_beta(teacher, of_teacher, objective, batches, args)
     progress = Progress("distill", args.steps, "steps", step)
     sums = collections.defaultdict(float)  # of what is logged, since the last log line
 
     while step < args.steps:
         lr = args.lr * lr_factor(step, args.steps, args.warmup, args.lr_end)
         optimizer.param_groups[0]["lr"] = lr
-        beta = args.beta * (1 - step / args.steps)  # b falls to 0
+        weights = dict(diffusion=1.0)
+        if teacher:
+            weights = dict(kd=ALPHA_KD, diffusion=ALPHA_DIFF)
+        if pairs:
+            weights["rep"] = beta * (1 - step / args.steps)  # b falls to 0
         for part in range(args.accumulate):
             x, y, rng = batches(step, part)  # this rank's rows of the global batch
             torch.manual_seed(make_seed(args.seed, step, rank(), part))  # of MAR's dropout
@@ -142,17 +181,17 @@ def recover(net, average, teacher, objective, batches, pairs, args, config):
             with autocast(args.device, args.dtype):
                 out = objective.predict(net, batch)
                 losses = dict(diffusion=objective.loss(out, batch))  # each loss is (b,)
-                loss = losses["diffusion"]
                 if teacher:
                     with torch.no_grad():
                         out_teacher = objective.predict(teacher, batch)
                     losses["kd"] = objective.kd(out, out_teacher, batch)  # the same noise, times and dropped labels
-                    loss = ALPHA_KD * losses["kd"] + ALPHA_DIFF * losses["diffusion"]
                 if pairs:
                     of_pairs = zip(of_student.take(), of_teacher.take())
                     of_pairs = [hidden_loss(s, t, args) for s, t in of_pairs]
                     losses["rep"] = torch.stack(of_pairs).mean(0)
-                    loss = loss + beta * losses["rep"]
+                loss = sum(weights[name] * losses[name] for name in weights)  # (b,)
+            if step == 0 and part == 0:
+                say_shares(losses, weights)
             loss = loss.sum() / args.batch_size
             loss.backward()  # each gradient is summed over ranks as soon as it is there
             sums["loss"] += loss.detach()
@@ -199,7 +238,8 @@ def make_parser():
     add("--lr-end", type=float, default=0.5, help="of --lr at the end of its cosine (default: "
         "%(default)s)")
     add("--warmup", type=int, default=0, help="linear warm-up of --lr (default: %(default)s)")
-    add("--beta", type=float, help="weight of L_Rep at the start, falling to 0 (1e-2, SiT 2e-4)")
+    add("--beta", type=float, help="weight of L_Rep at the start, falling to 0 (the paper's networks: 1e-2, "
+        "SiT-XL 2e-4; others: 1.56 / the mean square of the teacher's hidden states)")
     add("--ema", type=float, help="of the averaged weights (ImageNet 0.9999, digits 0.999)")
     add_training_arguments(parser)
     return parser

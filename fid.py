@@ -18,11 +18,10 @@ which defines FID, for natural images, and `digits`, a small classifier, for MNI
 other of the project: use it on anybody's samples.
 
     python fid.py                                           # out/sample against the digits
-    torchrun --nproc_per_node=8 fid.py out/xl/samples.npz --ref imagenet256   # as in papers' tables
+    python fid.py out/xl/samples.npz --ref imagenet256      # as in papers' tables
     python fid.py my_pictures/ --ref their_pictures/        # two folders of images
 """
 import argparse
-import datetime
 import json
 import math
 import os
@@ -34,7 +33,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
@@ -360,7 +358,7 @@ REFS = {  # 10,000 digits; ADM's statistics of all of ImageNet, which come with 
 
 
 def evaluate(samples, ref="digits", features=None, ckpt=None, batch_size=64, device="cpu"):
-    """Compares the images at two paths; ref may be a name of REFS. batch_size is that of each rank.
+    """Compares the images at two paths; ref may be a name of REFS.
 
     -> dict of num_samples, num_ref, features, warnings, fid, and where they apply sfid, precision,
     recall, is and accuracy, the share of labelled digits that the network reads as their label."""
@@ -368,9 +366,8 @@ def evaluate(samples, ref="digits", features=None, ckpt=None, batch_size=64, dev
     fake = open_images(samples)
     real = open_images(fetch(REFS.get(ref, ref)))
     warnings = find_warnings(fake, real, features)
-    if rank() == 0:
-        for line in warnings:
-            print("warning:", line, file=sys.stderr)
+    for line in warnings:
+        print("warning:", line, file=sys.stderr)
     net = load_network(features, fetch(ckpt or WEIGHTS[features])).to(device)
     fake_stats = measure(fake, net, batch_size, device)
     real_stats = measure(real, net, batch_size, device)
@@ -417,21 +414,14 @@ def measure(images, net, batch_size, device):
     """What the measures need to know of a set of images."""
     if images.n == 0:
         return images.statistics
-    # Each rank sends its share of the images through the network.
-    start = rank() * images.n // world_size()
-    stop = (rank() + 1) * images.n // world_size()
     outputs = []
-    for first in range(start, stop, batch_size):
-        batch = images.read(first, min(first + batch_size, stop))
+    for start in range(0, images.n, batch_size):
+        batch = images.read(start, min(start + batch_size, images.n))
         output = net(torch.tensor(batch, device=device))
         outputs.append(torch.cat(output, 1))  # (B, D + S + C)
-        if rank() == 0 and len(outputs) % 100 == 0:
-            print(f"{images.path.name}: {first - start} of {stop - start}", file=sys.stderr)
-    output = torch.cat(outputs)
-    if world_size() > 1:
-        shares = [None] * world_size()
-        dist.all_gather_object(shares, output.cpu())
-        output = torch.cat(shares).to(device)  # (N, D + S + C)
+        if len(outputs) % 100 == 0:
+            print(f"{images.path.name}: {start} of {images.n}", file=sys.stderr)
+    output = torch.cat(outputs)  # (N, D + S + C)
     features, spatial, probs = output.split(net.dims, 1)
     stats = {
         "features": features,  # for precision and recall
@@ -530,7 +520,7 @@ def open_images(path):
 
 
 # --------------------------------------------------------------------------------------------------
-# The command line, ranks, downloads.
+# The command line, downloads.
 
 
 def main(argv=None):
@@ -544,13 +534,16 @@ def main(argv=None):
     add("--features", choices=NETWORKS, help="default: digits for --ref digits, else inception")
     add("--ckpt", help="other weights of that network; figures compare only under the same")
     add("--json", metavar="FILE", help="also write the figures to FILE")
-    add("--batch-size", type=int, default=64, help="images at a time, per rank (default: %(default)s)")
+    add("--batch-size", type=int, default=64, help="images at a time (default: %(default)s)")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
     args = parser.parse_args(argv)
-    device = start_ranks(args.device)
+    if int(os.environ.get("RANK", 0)) > 0:
+        return  # torchrun started several: one measures
+    device = args.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.backends.cudnn.allow_tf32 = False  # TF32 would round features to three digits
     result = evaluate(args.samples, args.ref, args.features, args.ckpt, args.batch_size, device)
-    if rank() > 0:
-        return
     print(f"{args.samples} against {args.ref}, {result['features']} features")
     for name, value in result.items():
         if isinstance(value, float):
@@ -571,41 +564,14 @@ def run_main(main):
     except UserError as error:
         print("error:", error, file=sys.stderr, flush=True)
         sys.exit(2)
-    if dist.is_initialized():
-        dist.barrier()  # a rank that still talks to one that has left may crash
-        dist.destroy_process_group()
-
-
-def rank():
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def world_size():
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def start_ranks(device):
-    """Joins the other ranks if torchrun started us; -> this rank's device."""
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda":
-        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    device = torch.device(device)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-        torch.backends.cudnn.allow_tf32 = False  # TF32 would round features to three digits
-    if "RANK" in os.environ:
-        # Ranks exchange features through the host, and may wait long for one that downloads.
-        dist.init_process_group("gloo", timeout=datetime.timedelta(hours=2))
-    return device
 
 
 def fetch(file):
-    """A path as it is; a URL downloaded to weights/, by one rank of each machine while the others wait."""
+    """A path as it is; a URL downloaded to weights/."""
     if not str(file).startswith("http"):
         return Path(file)
     path = ROOT / "weights" / Path(file).name
-    if not path.exists() and int(os.environ.get("LOCAL_RANK", 0)) == 0:
+    if not path.exists():
         print("downloading", file, file=sys.stderr)
         path.parent.mkdir(exist_ok=True)
         try:
@@ -615,8 +581,6 @@ def fetch(file):
                 temporary.replace(path)
         except Exception as error:
             raise UserError(f"cannot download {file} ({error}): put it at {path}") from error
-    if dist.is_initialized():
-        dist.barrier()
     return path
 
 

@@ -770,9 +770,10 @@ MAR_BASE_URL = MAR_URL + "f6dpuyjb7fudzxcyhvrhk/checkpoint-last.pth?rlkey=a6i4bo
 
 # ImageNet: epochs; the digits: steps.
 PRUNE = dict(batch_size=128, epochs=1, save_every=1000)
-DISTILL = dict(batch_size=256, epochs=100, lr=2e-4, ema=0.9999, beta=1e-2, save_every=5000)
+# beta: table 6, for the networks of the paper; for others see `default_beta` in distill.py.
+DISTILL = dict(batch_size=256, epochs=100, lr=2e-4, ema=0.9999, save_every=5000)
 PRUNE_TINY = dict(batch_size=64, steps=250, save_every=100)
-DISTILL_TINY = dict(batch_size=64, steps=800, lr=1e-3, ema=0.999, beta=1e-2, save_every=250)
+DISTILL_TINY = dict(batch_size=64, steps=800, lr=1e-3, ema=0.999, save_every=250)
 
 # Guidance of 3 channels of 4: as in the releases. That of MAR belongs to its published numbers, with 256 rounds.
 DDPM = dict(sampler="ddpm", steps=250, guidance=1.5, guidance_channels=3)
@@ -780,8 +781,9 @@ SDE = dict(DDPM, sampler="sde-euler", diffusion_form="sigma", last_step="mean", 
 ROUNDS = dict(sampler="mar", steps=64, guidance=3.0, guidance_schedule="linear", temperature=1.0, token_steps=100)
 
 DIT_MODEL = dict(family=DiT, vae="sd-ema", prune=PRUNE, distill=DISTILL, sampling=DDPM)
-SIT_MODEL = dict(family=SiT, vae="sd-ema", prune=PRUNE, distill=dict(DISTILL, beta=2e-4), sampling=SDE)
-MAR_MODEL = dict(family=MAR, vae="kl16", prune=PRUNE, distill=dict(DISTILL, epochs=40), sampling=ROUNDS)
+SIT_MODEL = dict(family=SiT, vae="sd-ema", prune=PRUNE, distill=DISTILL, sampling=SDE)
+MAR_MODEL = dict(family=MAR, vae="kl16", prune=PRUNE, distill=dict(DISTILL, epochs=40, beta=1e-2),
+                 sampling=ROUNDS)
 
 SHAPE_XL = dict(width=1152, depth=28, heads=16)
 SHAPE_L = dict(width=1024, depth=24, heads=16)
@@ -789,10 +791,13 @@ SHAPE_B = dict(width=768, depth=12, heads=12)
 SHAPE_S = dict(width=384, depth=12, heads=6)
 SHAPE_TINY = dict(width=96, depth=12, heads=3, input_size=8, classes=10)
 
+DIT_XL = dict(DIT_MODEL, shape=SHAPE_XL, distill=dict(DISTILL, beta=1e-2))
+SIT_XL = dict(SIT_MODEL, shape=SHAPE_XL, distill=dict(DISTILL, beta=2e-4))
+
 MODELS = {
-    "dit-xl": dict(DIT_MODEL, shape=SHAPE_XL, weights=("DiT-XL-2-256x256.pt", DIT_URL + "DiT-XL-2-256x256.pt")),
+    "dit-xl": dict(DIT_XL, weights=("DiT-XL-2-256x256.pt", DIT_URL + "DiT-XL-2-256x256.pt")),
     "dit-xl-512": dict(
-        DIT_MODEL,
+        DIT_XL,
         shape=dict(SHAPE_XL, input_size=64),
         weights=("DiT-XL-2-512x512.pt", DIT_URL + "DiT-XL-2-512x512.pt"),
     ),
@@ -800,11 +805,11 @@ MODELS = {
     "dit-b": dict(DIT_MODEL, shape=SHAPE_B),
     "dit-s": dict(DIT_MODEL, shape=SHAPE_S),
     "dit-d14": dict(  # the paper's, cut from dit-xl
-        DIT_MODEL,
+        DIT_XL,
         shape=dict(SHAPE_XL, depth=14),
         weights=("TinyDiT-D14-MaskedKD-500K.pt", TINYDIT_URL + "TinyDiT-D14-MaskedKD-500K.pt"),
     ),
-    "sit-xl": dict(SIT_MODEL, shape=SHAPE_XL, weights=("SiT-XL-2-256.pt", SIT_URL)),
+    "sit-xl": dict(SIT_XL, weights=("SiT-XL-2-256.pt", SIT_URL)),
     "sit-l": dict(SIT_MODEL, shape=SHAPE_L),
     "sit-b": dict(SIT_MODEL, shape=SHAPE_B),
     "sit-s": dict(SIT_MODEL, shape=SHAPE_S),
@@ -839,7 +844,7 @@ MODELS = {
         shape=SHAPE_TINY,
         vae="digits",
         prune=PRUNE_TINY,
-        distill=dict(DISTILL_TINY, beta=2e-4),
+        distill=DISTILL_TINY,
         sampling=dict(SDE, steps=64, guidance_channels=4),
     ),
     # Tokens are drawn in strides of 40, from t = 960 on: at t = 999 of the cosine schedule the predicted x_0 holds

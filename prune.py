@@ -571,26 +571,25 @@ def draw_decision(out):
     if not lines:
         return
     probability = np.array([line["confidence"] for line in lines]).T  # (layers, lines)
+    shades = Image.fromarray((255 * (1 - probability)).astype(np.uint8))
     row = 22  # pixels
-    column = min(28, max(6, 840 // len(lines)))
-    shades = (255 * (1 - probability)).astype(np.uint8)
-    shades = shades.repeat(row, axis=0).repeat(column, axis=1)
-    height, width = shades.shape
-
-    image = Image.new("L", (max(width + 190, 600), height + 80), "white")
-    left, top = 80, 34
-    image.paste(Image.fromarray(shades), (left, top))
+    width = 600
+    height = row * len(probability)
+    left = 80  # of the picture's corner
+    top = 34
+    image = Image.new("L", (width + 190, height + 80), "white")
+    image.paste(shades.resize((width, height), Image.NEAREST), (left, top))
     draw = ImageDraw.Draw(image)
     draw.font = ImageFont.load_default(14)
-    draw.text((left, 10), "which layers the search keeps; darker: more likely to be kept", fill="black")
+    draw.text((left, 10), "which layers the search keeps; darker: more likely to be kept")
     for i, p in enumerate(probability[:, -1]):
         y = top + row * i
         draw.line([(left, y), (left + width, y)], fill="white", width=4)
-        text = f"keep {100 * p:.0f} %" if i in lines[-1]["kept"] else ""
-        draw.text((left - 8, y + row / 2), f"layer {i}", fill="black", anchor="rm")
-        draw.text((left + width + 8, y + row / 2), text, fill="black", anchor="lm")
-    draw.text((left, top + height + 8), f"step {lines[0]['step']}", fill="black")
-    draw.text((left + width, top + height + 8), f"step {lines[-1]['step']}", fill="black", anchor="ra")
+        draw.text((left - 8, y + 11), f"layer {i}", anchor="rm")
+        if i in lines[-1]["kept"]:
+            draw.text((left + width + 8, y + 11), f"keep {100 * p:.0f} %", anchor="lm")
+    draw.text((left, top + height + 8), f"step {lines[0]['step']}")
+    draw.text((left + width, top + height + 8), f"step {lines[-1]['step']}", anchor="ra")
     image.save(out / "decision.png")
 
 

@@ -25,7 +25,7 @@ import ideas  # noqa: F401  it adds its criteria to those of prune.py
 from benchmark import in_turn
 from engine import ROOT, Step, slug
 from model import RowGenerator, load_model
-from report import FREE, LEARNED, RESULTS, lowest, number, one_of_each, stored
+from report import FREE, FRONT, LEARNED, RESULTS, lowest, number, stored
 from table import facts_of
 
 OUT = Path("out/experiments")
@@ -33,8 +33,9 @@ LATENTS = Path("out/latents")
 
 FIELDS = {  # what identifies a cell of each kind, and the row that it becomes
     "losses": "model trained teacher_seed scheme",
-    "choice": "model trained teacher_seed granularity parent criterion scheme delta_w seed",
+    "choice": "model trained teacher_seed granularity parent criterion scheme delta_w search_steps seed",
     "recovery": "model trained teacher_seed granularity parent kept teacher mode steps lr sigma beta seed",
+    "teacher": "model trained teacher_seed",
     "speed": "model granularity kept",
 }
 ABOUT = {
@@ -47,6 +48,7 @@ ABOUT = {
                 "on the digit classifier's features (DiT: ddim, 20 steps, guidance 1.5; SiT: ode-euler, 20 grid "
                 "points; MAR: 8 rounds, guidance 3); right: share read as the digit asked for; at: fd of earlier "
                 "steps of the same run; seconds: of the recovery, on a shared machine",
+    "teacher": "the uncut network: fd and right as in recovery.json",
     "speed": "milliseconds of a forward pass of 32 rows, and of the uncut network's in turn with it: medians of 15; "
              "on all cores",
 }
@@ -60,55 +62,87 @@ TEACHERS = {  # how the bundled weights were trained: steps, and what differs be
     "sit-tiny": (4_000, "--batch-size 64 --ema 0.999"),
     "mar-tiny": (16_000, "--batch-size 32 --ema 0.9995"),
 }
-ASSUMED = dict(sample=0.03, fid=6)  # seconds a unit, on one core
+PAPER_BETA = {"dit-tiny": 0.01, "sit-tiny": 2e-4, "mar-tiny": 0.01}  # in most of the rows
+ASSUMED = dict(prune=60, distill=0.3, sample=0.03, fid=6)  # seconds a unit, on one core
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The plan, the most telling first. A line stands for all combinations of its values. scheme=free: report.FREE.
-# kept is a name of CUTS, or a number: all cuts to so many layers that some criterion chose.
+# kept is a name of CUTS, or front: see `chosen`.
 
 PLAN = """
-losses model=dit-tiny,sit-tiny,mar-tiny scheme=free
-losses model=dit-tiny scheme=4:12,3:12
-losses model=dit-tiny scheme=6:12 trained=2000
+recovery model=dit-tiny kept=learned steps=100 seed=0,1 mode=masked-kd,rep-kd                      # b by the rule
+recovery model=dit-tiny kept=learned steps=100 seed=0,1 mode=masked-kd,rep-kd beta=0.1,1,10
+recovery model=dit-tiny kept=learned steps=800 seed=0 at=200 mode=masked-kd,rep-kd
+recovery model=dit-tiny kept=learned steps=800 seed=0 beta=5
+recovery model=sit-tiny kept=learned-sit steps=100 seed=0,1 mode=masked-kd,rep-kd,logits-kd
+recovery model=sit-tiny kept=learned-sit steps=100 seed=0,1 beta=0.1,5
+recovery model=mar-tiny kept=learned-mar steps=100 seed=0,1 mode=masked-kd,rep-kd,logits-kd
+recovery model=mar-tiny kept=learned-mar steps=100 seed=0,1 beta=0.001,0.1
 
-choice model=dit-tiny,sit-tiny,mar-tiny scheme=1:2,free seed=0 criterion=bi,flux-lite,sensitivity,probe,oracle
-choice model=dit-tiny,sit-tiny,mar-tiny scheme=1:2,free seed=0 criterion=lowest-loss
-choice model=dit-tiny,sit-tiny,mar-tiny scheme=1:2,free seed=0 criterion=learned,distilled,greedy,adapted,halving
-choice model=dit-tiny,sit-tiny,mar-tiny scheme=1:2 seed=0,1,2 criterion=random,learned,adapted
-choice model=dit-tiny scheme=1:2 seed=3,4 criterion=learned
-choice model=dit-tiny scheme=1:2 seed=2 criterion=distilled
-choice model=dit-tiny scheme=1:2,6:12 seed=1 criterion=learned,distilled,adapted,halving
-choice model=dit-tiny scheme=3:6,1:3,1:4 seed=0,1 criterion=learned
-choice model=dit-tiny scheme=4:12,3:12 seed=0 criterion=learned
-choice model=dit-tiny scheme=1:3,1:4 seed=0,1,2 criterion=random
-choice model=dit-tiny scheme=1:2,6:12 seed=0 criterion=learned trained=2000
-choice model=dit-tiny scheme=1:2 seed=0 criterion=learned parent=learned            # table 7
+teacher model=dit-tiny,sit-tiny,mar-tiny
+losses model=dit-tiny,sit-tiny,mar-tiny scheme=free
+choice model=dit-tiny,sit-tiny,mar-tiny scheme=1:2,free seed=0 criterion=learned,sensitivity,bi,lowest-loss
+choice model=dit-tiny,sit-tiny,mar-tiny scheme=free seed=0 criterion=shortlist
+choice model=dit-tiny,sit-tiny,mar-tiny scheme=free seed=0,1,2,3,4,5 criterion=random
+recovery model=dit-tiny,sit-tiny,mar-tiny kept=front steps=100 seed=0                # tables 1 and 2
+teacher model=sit-tiny teacher_seed=1
+choice model=sit-tiny teacher_seed=1 scheme=1:2,free seed=0 criterion=learned,sensitivity,bi,lowest-loss
+choice model=sit-tiny teacher_seed=1 scheme=free seed=0 criterion=shortlist
+choice model=sit-tiny teacher_seed=1 scheme=free seed=0,1,2 criterion=random
+recovery model=sit-tiny teacher_seed=1 kept=front steps=100 seed=0
+teacher model=dit-tiny teacher_seed=1 trained=6000
+choice model=dit-tiny teacher_seed=1 trained=6000 scheme=1:2,free seed=0 criterion=learned,sensitivity,bi,lowest-loss
+choice model=dit-tiny teacher_seed=1 trained=6000 scheme=free seed=0 criterion=shortlist
+choice model=dit-tiny teacher_seed=1 trained=6000 scheme=free seed=0,1,2 criterion=random
+recovery model=dit-tiny teacher_seed=1 trained=6000 kept=front steps=100 seed=0
+teacher model=mar-tiny teacher_seed=1 trained=8000
+choice model=mar-tiny teacher_seed=1 trained=8000 scheme=1:2,free seed=0 criterion=learned,sensitivity,bi,lowest-loss
+choice model=mar-tiny teacher_seed=1 trained=8000 scheme=free seed=0 criterion=shortlist
+choice model=mar-tiny teacher_seed=1 trained=8000 scheme=free seed=0,1,2 criterion=random
+recovery model=mar-tiny teacher_seed=1 trained=8000 kept=front steps=100 seed=0
+teacher model=sit-tiny teacher_seed=2
+choice model=sit-tiny teacher_seed=2 scheme=1:2,free seed=0 criterion=learned,sensitivity,bi,lowest-loss
+choice model=sit-tiny teacher_seed=2 scheme=free seed=0 criterion=shortlist
+choice model=sit-tiny teacher_seed=2 scheme=free seed=0,1,2 criterion=random
+recovery model=sit-tiny teacher_seed=2 kept=front steps=100 seed=0
+teacher model=dit-tiny teacher_seed=2 trained=6000
+choice model=dit-tiny teacher_seed=2 trained=6000 scheme=1:2,free seed=0 criterion=learned,sensitivity,bi,lowest-loss
+choice model=dit-tiny teacher_seed=2 trained=6000 scheme=free seed=0 criterion=shortlist
+choice model=dit-tiny teacher_seed=2 trained=6000 scheme=free seed=0,1,2 criterion=random
+recovery model=dit-tiny teacher_seed=2 trained=6000 kept=front steps=100 seed=0
+teacher model=mar-tiny teacher_seed=2 trained=8000
+choice model=mar-tiny teacher_seed=2 trained=8000 scheme=1:2,free seed=0 criterion=learned,sensitivity,bi,lowest-loss
+choice model=mar-tiny teacher_seed=2 trained=8000 scheme=free seed=0 criterion=shortlist
+choice model=mar-tiny teacher_seed=2 trained=8000 scheme=free seed=0,1,2 criterion=random
+recovery model=mar-tiny teacher_seed=2 trained=8000 kept=front steps=100 seed=0
+choice model=dit-tiny,sit-tiny,mar-tiny scheme=free seed=0 criterion=learned search_steps=2500
+choice model=dit-tiny,sit-tiny,mar-tiny scheme=free seed=0 criterion=gates
+recovery model=dit-tiny,sit-tiny,mar-tiny kept=front steps=100 seed=1
+recovery model=dit-tiny kept=lowest,learned,worst steps=800 seed=0                   # until the curves are flat
+
 choice model=dit-tiny scheme=1:2,2:4,6:12 seed=0,1,2 criterion=learned               # table 4
 choice model=dit-tiny scheme=1:2,2:4,6:12 seed=0,1,2 criterion=learned delta_w=full,frozen
+
+choice model=dit-tiny,sit-tiny,mar-tiny scheme=1:2,free seed=0 criterion=flux-lite,probe,oracle,greedy,adapted,halving
+choice model=dit-tiny,sit-tiny,mar-tiny scheme=1:2,free seed=0 criterion=distilled
+choice model=dit-tiny,sit-tiny,mar-tiny scheme=1:2 seed=0,1,2 criterion=random,learned,adapted
+choice model=dit-tiny scheme=1:2 seed=3,4 criterion=learned
 choice model=dit-tiny,sit-tiny,mar-tiny scheme=2:4,6:12 seed=0 criterion=learned,sensitivity granularity=sublayer
 
-recovery model=dit-tiny kept=grid steps=100 seed=0                                   # figure 5, complete
-recovery model=dit-tiny kept=panel,panel-ends steps=25,400 seed=0
-recovery model=dit-tiny kept=panel,panel-ends steps=100 seed=1
-recovery model=dit-tiny kept=spread,spread-more steps=100 seed=0
-recovery model=dit-tiny kept=lowest,median steps=25,400,800 seed=0
-recovery model=dit-tiny kept=learned steps=100 seed=0,1,2 mode=finetune,logits-kd,rep-kd,masked-kd
-recovery model=dit-tiny kept=learned steps=800 seed=0 at=200 mode=finetune,logits-kd,rep-kd,masked-kd
-recovery model=dit-tiny kept=lowest steps=100,800 seed=0 mode=finetune,logits-kd
-recovery model=dit-tiny,sit-tiny,mar-tiny kept=6 steps=100 seed=0,1                  # tables 1, 2, 3 and 4
-recovery model=dit-tiny,sit-tiny kept=6 steps=100 seed=2
-recovery model=dit-tiny kept=4,3 steps=100,800 seed=0
-recovery model=dit-tiny,sit-tiny,mar-tiny kept=12 steps=100 seed=0 granularity=sublayer
-recovery model=dit-tiny kept=quarter-of-half steps=800 seed=0 parent=learned teacher=whole,half    # table 7
-recovery model=dit-tiny kept=quarter steps=800 seed=0 teacher=whole,half
-recovery model=dit-tiny kept=6 steps=100 seed=0 trained=2000
-recovery model=dit-tiny kept=lowest,learned,worst steps=800,1600 seed=0              # until the curves are flat
-recovery model=dit-tiny kept=learned steps=100 seed=0,1,2 sigma=0.1,1,4              # table 5
-recovery model=dit-tiny kept=learned steps=800 seed=0 lr=2e-3,5e-4,2.5e-4            # table 8
+recovery model=dit-tiny kept=grid steps=100 seed=0 beta=paper                        # figure 5, complete
+recovery model=dit-tiny kept=panel,panel-ends steps=25,400 seed=0 beta=paper
+recovery model=dit-tiny kept=panel,panel-ends steps=100 seed=1 beta=paper
+recovery model=dit-tiny kept=spread,spread-more steps=100 seed=0 beta=paper
+recovery model=dit-tiny kept=lowest,median steps=25,400,800 seed=0 beta=paper
+recovery model=dit-tiny kept=learned steps=100 seed=0,1,2 mode=finetune,logits-kd,rep-kd,masked-kd beta=paper
+recovery model=dit-tiny kept=learned steps=800 seed=0 at=200 mode=finetune,logits-kd,rep-kd,masked-kd beta=paper
+recovery model=dit-tiny,sit-tiny,mar-tiny kept=front steps=100 seed=0 granularity=sublayer beta=paper
+recovery model=dit-tiny kept=quarter-of-half steps=800 seed=0 parent=learned teacher=whole,half beta=paper    # table 7
+recovery model=dit-tiny kept=lowest,learned,worst steps=1600 seed=0 beta=paper
 
 speed model=dit-tiny kept=depths                                                     # figure 4
-speed model=dit-tiny,sit-tiny,mar-tiny kept=6
-speed model=dit-tiny,sit-tiny,mar-tiny kept=12 granularity=sublayer
+speed model=dit-tiny,sit-tiny,mar-tiny kept=front
+speed model=dit-tiny,sit-tiny,mar-tiny kept=front granularity=sublayer
 """
 # Cuts of dit-tiny. learned: by the search at 1:2. lowest, median: in the loss, of all 924 cuts to 6. worst: of 1:2,
 # after 100 steps. panel: of 1:2, spread over the ranks of their distances after 100 steps. spread: of all, spread over
@@ -124,6 +158,8 @@ spread: 0 1 2 3 4 7, 0 1 4 7 9 11, 0 1 3 6 7 10, 0 1 5 6 7 9, 1 2 3 5 7 11, 1 3 
 spread-more: 0 2 4 7 9 10, 0 2 5 6 7 9, 0 4 5 9 10 11, 2 3 8 9 10 11, 3 5 6 7 9 11, 2 4 6 8 9 10, 4 5 6 7 8 10
 quarter: 0 4 11
 quarter-of-half: 0 2 5
+learned-sit: 0 2 4 7 9 10
+learned-mar: 0 2 5 6 8 10
 depths: 0 1 2 3 4 5 6 7 8 9 10 11, 0 1 2 3 4 5 6 7 8, 0 1 2 3 4 5, 0 1 2 3, 0 1 2, 0 1, 0
 """
 CUTS = dict(grid=[" ".join(kept) for kept in itertools.product("01", "23", "45", "67", "89", ["10", "11"])])  # 1:2
@@ -149,6 +185,10 @@ def spelled_out(row, rows):
     """The cells that a combination of values stands for."""
     if row["kind"] == "recovery":
         row.setdefault("mode", "masked-kd")
+        if row.get("beta") == "paper":
+            row["beta"] = PAPER_BETA[row["model"]]
+        if row["mode"] in ("finetune", "logits-kd"):
+            row.pop("beta", None)
     if row.get("scheme") == "free":
         row["scheme"] = FREE[row["model"]]
     if "parent" in row:
@@ -156,21 +196,28 @@ def spelled_out(row, rows):
     kept = row.get("kept")
     if kept is None:
         return [row]
-    cuts = chosen(rows, row, depth=kept) if isinstance(kept, int) else CUTS[kept]
+    cuts = chosen(rows, row) if kept == "front" else CUTS[kept]
     return [row | dict(kept=cut) for cut in cuts]
 
 
-def chosen(rows, wanted, depth):
-    """The cuts to so many layers that some criterion chose, and those of the lowest loss, of all and of 1:M."""
-    found = []
+def chosen(rows, wanted):
+    """The cuts to half the layers that the criteria of the README's table chose."""
+    depth = 12 if "granularity" in wanted else 6
+    found = set()
     for row in rows:
-        if row["model"] == wanted["model"] and source_of(row) == source_of(wanted):
-            if row["kind"] == "choice":
-                found.append(row["kept"])
-            if row["kind"] == "losses" and row["scheme"].startswith(f"{depth}:"):
-                found.append(lowest(row["losses"]))
-                found.append(lowest(one_of_each(row["losses"], 12 // depth)))
-    return sorted(kept for kept in set(found) if len(kept.split()) == depth)
+        if row["kind"] == "choice" and row["model"] == wanted["model"] and source_of(row) == source_of(wanted):
+            if len(row["kept"].split()) == depth and row["criterion"] in (*FRONT, "gates"):
+                found |= of_shortlist(row)
+    return sorted(found)
+
+
+def of_shortlist(row):
+    """What a criterion keeps; of a shortlist also what one of half the length keeps."""
+    kept = {row["kept"]}
+    if "tried" in row:
+        first_half = dict(list(row["tried"].items())[:12])
+        kept.add(lowest(first_half))
+    return kept
 
 
 def source_of(row):
@@ -184,7 +231,7 @@ def name(row):
     for field in FIELDS[row["kind"]].split():
         if row.get(field) is not None:
             value = str(row[field]).replace(" ", ",")
-            words.append(f"{field}={value}" if field in ("teacher_seed", "beta") else value)
+            words.append(f"{field}={value}" if field in ("teacher_seed", "search_steps", "beta") else value)
     return " ".join(words)
 
 
@@ -217,18 +264,21 @@ def steps_of(row, work):
     teachers = dict(whole=source.split()[1])
     if "parent" in row or row.get("teacher") == "half":
         half = dict(kind="recovery", model=model, kept=row.get("parent", LEARNED), mode="masked-kd", steps=800, seed=0)
+        half["beta"] = PAPER_BETA[model]
         steps += steps_of(half, OUT / "half")
         teachers["half"] = folders(steps, "distill")[-1] / "student.pt"
     if "parent" in row:
         source = f"--ckpt {teachers['half']}"
 
+    if row["kind"] == "teacher":
+        return steps + engine.way(model, work, source, "", "", [SAMPLING[model]], MORE)
     recovery = ""
     samplings = []
     if "kept" in row:
         cut = f"--criterion indices --layers {row['kept'].replace(' ', ',')} --scheme {scheme_of(row)}"
     else:
         cut = f"--criterion {row.get('criterion', 'lowest-loss')} --scheme {row['scheme']} --seed {row.get('seed', 0)}"
-    cut += options(row, delta_w="--delta-w", granularity="--granularity")
+    cut += options(row, delta_w="--delta-w", granularity="--granularity", search_steps="--steps")
     if row["kind"] == "recovery":
         recovery = f"--mode {row['mode']} --steps {row['steps']} --seed {row['seed']}"
         recovery += options(row, lr="--lr", sigma="--mask-sigma", beta="--beta")
@@ -278,6 +328,8 @@ def compute(row):
 
 
 def result_of(row, steps, notes):
+    if row["kind"] == "teacher":
+        return distance(folders(steps, "fid")[-1])
     cut = folders(steps, "prune")[-1]
     if row["kind"] == "speed":
         return speed(row["model"], cut / "shallow.pt")
@@ -299,6 +351,9 @@ def result_of(row, steps, notes):
         for key in ("confidence", "scores"):
             if key in line:
                 found[key] = [round(value, 5) for value in line[key]]
+        if "cuts" in line and row["criterion"] == "shortlist":
+            cuts = [" ".join(map(str, kept)) for kept in line["cuts"]]
+            found["tried"] = {kept: round(loss, 4) for kept, loss in zip(cuts, line["losses"])}
     return found
 
 

@@ -27,6 +27,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "docs" / "results"
 FREE = {"dit-tiny": "6:12", "sit-tiny": "6:12", "mar-tiny": "3:6"}  # any half of the layers; MAR has two lists of six
 MODES = ("finetune", "logits-kd", "rep-kd", "masked-kd")
+FRONT = ("learned", "sensitivity", "lowest-loss", "shortlist", "bi", "random")  # the criteria of the README's table
 LEARNED = "0 2 4 7 8 11"  # what the search keeps of dit-tiny at 1:2
 USUAL = dict.fromkeys("trained teacher_seed granularity parent teacher lr sigma beta delta_w".split())
 
