@@ -25,7 +25,7 @@ import ideas  # noqa: F401  it adds its criteria to those of prune.py
 from benchmark import in_turn
 from engine import ROOT, Step, slug
 from model import RowGenerator, load_model
-from report import FREE, FRONT, LEARNED, RESULTS, lowest, number, stored
+from report import FREE, FRONT, LEARNED, PAPER_BETA, RESULTS, of_shortlist, stored
 from table import facts_of
 
 OUT = Path("out/experiments")
@@ -62,7 +62,6 @@ TEACHERS = {  # how the bundled weights were trained: steps, and what differs be
     "sit-tiny": (4_000, "--batch-size 64 --ema 0.999"),
     "mar-tiny": (16_000, "--batch-size 32 --ema 0.9995"),
 }
-PAPER_BETA = {"dit-tiny": 0.01, "sit-tiny": 2e-4, "mar-tiny": 0.01}  # in most of the rows
 ASSUMED = dict(prune=60, distill=0.3, sample=0.03, fid=6)  # seconds a unit, on one core
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -71,13 +70,13 @@ ASSUMED = dict(prune=60, distill=0.3, sample=0.03, fid=6)  # seconds a unit, on 
 
 PLAN = """
 recovery model=dit-tiny kept=learned steps=100 seed=0,1 mode=masked-kd,rep-kd                      # b by the rule
-recovery model=dit-tiny kept=learned steps=100 seed=0,1 mode=masked-kd,rep-kd beta=0.1,1,10
+recovery model=dit-tiny kept=learned steps=100 seed=0,1 mode=masked-kd,rep-kd beta=1,10
 recovery model=dit-tiny kept=learned steps=800 seed=0 at=200 mode=masked-kd,rep-kd
-recovery model=dit-tiny kept=learned steps=800 seed=0 beta=5
+recovery model=dit-tiny kept=learned steps=800 seed=0 beta=1,10
 recovery model=sit-tiny kept=learned-sit steps=100 seed=0,1 mode=masked-kd,rep-kd,logits-kd
-recovery model=sit-tiny kept=learned-sit steps=100 seed=0,1 beta=0.1,5
+recovery model=sit-tiny kept=learned-sit steps=100 seed=0,1 beta=1,10
 recovery model=mar-tiny kept=learned-mar steps=100 seed=0,1 mode=masked-kd,rep-kd,logits-kd
-recovery model=mar-tiny kept=learned-mar steps=100 seed=0,1 beta=0.001,0.1
+recovery model=mar-tiny kept=learned-mar steps=100 seed=0,1 beta=0.1,1
 
 teacher model=dit-tiny,sit-tiny,mar-tiny
 losses model=dit-tiny,sit-tiny,mar-tiny scheme=free
@@ -207,17 +206,18 @@ def chosen(rows, wanted):
     for row in rows:
         if row["kind"] == "choice" and row["model"] == wanted["model"] and source_of(row) == source_of(wanted):
             if len(row["kept"].split()) == depth and row["criterion"] in (*FRONT, "gates"):
-                found |= of_shortlist(row)
+                found.add(row["kept"])
+                if "tried" in row:
+                    found.add(of_shortlist(row, 12))
     return sorted(found)
 
 
-def of_shortlist(row):
-    """What a criterion keeps; of a shortlist also what one of half the length keeps."""
-    kept = {row["kept"]}
-    if "tried" in row:
-        first_half = dict(list(row["tried"].items())[:12])
-        kept.add(lowest(first_half))
-    return kept
+def number(text):
+    """A setting in a text is a number or a word."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
 
 
 def source_of(row):
