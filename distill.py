@@ -1,16 +1,18 @@
 """Trains the shallow network: masked knowledge distillation from the deep one, or any simpler way, to compare.
 
-    python distill.py                                                  # digits: out/prune/shallow.pt taught by dit-tiny
-    torchrun --nproc_per_node=8 distill.py --student out/prune/shallow.pt --teacher dit-xl --latents out/latents
-    python distill.py --mode finetune                                  # the same without a teacher
+    python distill.py                                     # out/prune/shallow.pt, taught by what it was cut from
+    torchrun --nproc_per_node=8 distill.py                # the same on 8 GPUs
+    python distill.py --mode finetune                     # the same without a teacher
+    python distill.py --mode scratch --model dit-tiny     # trains a teacher
 
-The loss is eq. 8 of the paper, L = a_KD L_KD + a_Diff L_Diff + b L_Rep:
+The loss is eq. 8 of the paper, L = 0.9 L_KD + 0.1 L_Diff + b L_Rep:
 
-    L_Diff   the family's own training loss                            (model.py: objective.loss)
-    L_KD     the student's output should be the teacher's              (model.py: objective.kd)
+    L_Diff   the network's own training loss                           (model.py: objective.loss)
+    L_KD     the student's output should match the teacher's           (model.py: objective.kd)
     L_Rep    its hidden states too, except for massive activations     (here: masked_mse)
 
-Its terms have scales of their own: the first line that a run prints says what share of the loss each of them has.
+The terms differ in scale. The line "loss at the start" says what share of the first loss each has. There and in
+log.jsonl they are called diffusion, kd and rep, and log.jsonl has them without their weights.
 
 Modes (table 5): masked-kd has all three; rep-kd has L_Rep without the mask; logits-kd leaves L_Rep out; finetune has
 L_Diff alone; scratch too, from fresh weights. Teacher and student get the same batch: the same noise, times and
@@ -38,25 +40,26 @@ from prune import (
 
 
 def matched_layers(scheme, student, teacher):
-    """Pairs (student layer, teacher layer) whose hidden states are compared, as in the release.
+    """Pairs (student layer, teacher layer) whose hidden states are compared, as in the authors' released code.
 
     scheme: the N:M groups by which the student was cut, or None; student, teacher: the layers in each list of blocks.
-    Where all groups are alike, a student layer is matched to the teacher layer at the same share of its group: at 1:2
-    and at 2:4, student i and teacher 2i + 1. In a mixed list only the last layers of the groups are matched. Where the
-    scheme does not say (another teacher than the parent, or no scheme), it is by the share of depth."""
+    After j of a group's N layers the student should be where the teacher is after j M / N of its M layers. If all
+    groups are alike, every j with a whole j M / N is matched: at 1:2 and 2:4, student i and teacher 2i + 1. In a mixed
+    list only the last layers of the groups are. Where the scheme does not fit the two depths (another teacher, or no
+    scheme), each list is one group, and j M / N is rounded."""
     scheme = [tuple(group) for group in scheme or []]
     kept = sum(n for n, _ in scheme)
     depth = sum(m for _, m in scheme)
-    known = kept == sum(student) and depth == sum(teacher)
-    if not known:
-        scheme = list(zip(student, teacher))  # each list of blocks as one group
+    fits = kept == sum(student) and depth == sum(teacher)
+    if not fits:
+        scheme = list(zip(student, teacher))
     uniform = len(set(scheme)) == 1
     pairs = []
     i, k = 0, 0  # the first student layer and the first teacher layer of the group
     for n, m in scheme:
         for j in range(1, n + 1):
-            place = j * m / n  # the j-th of n layers ends where the teacher has run so many of m
-            if not known:
+            place = j * m / n
+            if not fits:
                 pairs.append((i + j - 1, k + max(1, round(place)) - 1))
             elif j == n or (uniform and place.is_integer()):
                 pairs.append((i + j - 1, k + int(place) - 1))
@@ -86,8 +89,8 @@ class HiddenStates:
 def suppress_massive(h, k=2.0):
     """Zeroes the elements of h (B, T, D) that lie k or more standard deviations from their sample's mean.
 
-    A few activations of a transformer are 15 to 40 standard deviations large (the paper's figure 8): they alone would
-    make the loss."""
+    A few activations of a transformer lie 15 to 40 standard deviations out (the paper's figure 8). They would dominate
+    the loss."""
     h = h.float()
     with torch.no_grad():  # which elements count is not learned
         variance, mean = torch.var_mean(h, dim=(1, 2), keepdim=True)  # (B, 1, 1)
@@ -96,7 +99,7 @@ def suppress_massive(h, k=2.0):
 
 
 def masked_mse(student, teacher, args):
-    """Hidden states (B, T, D) of two matched layers -> (B,). Each side masks its own activations."""
+    """Hidden states (B, T, D) of two matched layers -> (B,). Each side masks its own activations, as in the release."""
     sigma = args.mask_sigma
     return plain_mse(suppress_massive(student, sigma), suppress_massive(teacher, sigma), args)
 
@@ -115,26 +118,26 @@ HIDDEN_LOSSES = {"masked-kd": masked_mse, "rep-kd": plain_mse}
 
 ALPHA_KD = 0.9  # table 6
 ALPHA_DIFF = 1 - ALPHA_KD
-PAPER_SCALE = 0.01 * 12.5**2  # b of table 6, times the mean square of DiT-XL's hidden states (figure 8: a std of 12.5)
+PAPER_SCALE = 0.01 * 12.5**2  # b of table 6 x the mean square of DiT-XL's hidden states (figure 8: a std of 12.5)
 
 
 @torch.no_grad()
-def default_beta(teacher, of_teacher, objective, batches, args):
-    """The weight b of L_Rep that stands to the teacher's hidden states as the paper's b stands to DiT-XL's.
+def default_beta(teacher, teacher_states, objective, batches, args):
+    """The weight b of L_Rep for which b times the mean square of the teacher's hidden states is the paper's.
 
-    L_Rep grows with the square of the hidden states, which are of very different size in different networks: with
+    L_Rep grows with the square of the hidden states, which are of very different size in different networks. With
     b = 0.01 it would be nearly all of one network's loss, and 1 % of another's."""
     squares = []
     for batch in calibration_batches(objective, batches):
         with autocast(args.device, args.dtype):
             objective.predict(teacher, batch)
-        squares += [state.float().square().mean() for state in of_teacher.take()]
+        squares += [state.float().square().mean() for state in teacher_states.take()]
     mean_square = sum_over_ranks(torch.stack(squares).mean()).item() / world_size()
     return float(f"{PAPER_SCALE / mean_square:.2g}")  # rounded, so that it does not depend on the number of ranks
 
 
 def say_shares(losses, weights):
-    """Prints what share of the loss each term has, in this rank's rows of the batch."""
+    """Prints what share of the loss each term has, in rank 0's rows of the batch."""
     terms = {name: weights[name] * value.detach().sum().item() for name, value in losses.items()}
     shares = []
     for name, term in terms.items():
@@ -146,23 +149,22 @@ def say_shares(losses, weights):
 # The recovery.
 
 
-
 def recover(net, average, teacher, objective, batches, pairs, args, config):
     """Trains net in place, and `average`, the moving average of its weights (EMA), with the loss of eq. 8.
 
-    teacher None: fine-tuning. pairs: of matched layers; none: no L_Rep. config is stored in the checkpoints."""
+    teacher None: fine-tuning. pairs: of matched layers; empty: no L_Rep. config is stored in the checkpoints."""
     parameters = list(net.parameters())
     optimizer = adamw(dict(params=parameters, lr=args.lr))
     wait_for_gradients = sum_gradients_over_ranks(parameters, args.accumulate)
     state = dict(model=net, ema=average, optimizer=optimizer)  # what a checkpoint holds
     step = resume(args, state)  # 0, or where a killed run left off
     if pairs:
-        of_student = HiddenStates(net, [s for s, _ in pairs])
-        of_teacher = HiddenStates(teacher, [t for _, t in pairs])
+        student_states = HiddenStates(net, [s for s, _ in pairs])
+        teacher_states = HiddenStates(teacher, [t for _, t in pairs])
         hidden_loss = HIDDEN_LOSSES[args.mode]
         beta = args.beta
         if beta is None:
-            beta = default_beta(teacher, of_teacher, objective, batches, args)
+            beta = default_beta(teacher, teacher_states, objective, batches, args)
     progress = Progress("distill", args.steps, "steps", step)
     sums = collections.defaultdict(float)  # of what is logged, since the last log line
 
@@ -180,22 +182,22 @@ def recover(net, average, teacher, objective, batches, pairs, args, config):
             batch = objective.make_batch(x, y, rng)
             with autocast(args.device, args.dtype):
                 out = objective.predict(net, batch)
-                losses = dict(diffusion=objective.loss(out, batch))  # each loss is (b,)
+                losses = dict(diffusion=objective.loss(out, batch))  # each loss is (B,)
                 if teacher:
                     with torch.no_grad():
-                        out_teacher = objective.predict(teacher, batch)
-                    losses["kd"] = objective.kd(out, out_teacher, batch)  # the same noise, times and dropped labels
+                        out_teacher = objective.predict(teacher, batch)  # the same noise, times and dropped labels
+                    losses["kd"] = objective.kd(out, out_teacher, batch)
                 if pairs:
-                    of_pairs = zip(of_student.take(), of_teacher.take())
-                    of_pairs = [hidden_loss(s, t, args) for s, t in of_pairs]
+                    states = zip(student_states.take(), teacher_states.take())
+                    of_pairs = [hidden_loss(s, t, args) for s, t in states]
                     losses["rep"] = torch.stack(of_pairs).mean(0)
-                loss = sum(weights[name] * losses[name] for name in weights)  # (b,)
+                loss = sum(weights[name] * losses[name] for name in weights)  # (B,)
             if step == 0 and part == 0:
                 say_shares(losses, weights)
             loss = loss.sum() / args.batch_size
             loss.backward()  # each gradient is summed over ranks as soon as it is there
             sums["loss"] += loss.detach()
-            for name, value in losses.items():  # logged apart
+            for name, value in losses.items():  # each is logged without its weight
                 sums[name] += value.detach().sum() / args.batch_size
         wait_for_gradients()
         clip_and_step(optimizer, parameters, sums)
@@ -208,7 +210,7 @@ def recover(net, average, teacher, objective, batches, pairs, args, config):
 
 
 def lr_factor(step, steps, warmup, end):
-    """Factor of the learning rate: from 1 to `end` on a cosine, after a linear warm-up."""
+    """Factor of the learning rate: a cosine from 1 to `end` over the whole run, times a linear warm-up."""
     rise = min(1.0, (step + 1) / max(warmup, 1))
     cosine = 0.5 * (1 + math.cos(math.pi * step / steps))  # from 1 to 0
     return rise * (end + (1 - end) * cosine)
@@ -219,7 +221,7 @@ def lr_factor(step, steps, warmup, end):
 
 
 def make_parser():
-    """The flags. What is None follows the model's recipe (model.py)."""
+    """The flags. A flag left at None takes the value of the model's recipe (model.py)."""
     description = __doc__.split("\n\nRead top")[0]
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument_group("who learns from whom").add_argument
@@ -230,17 +232,17 @@ def make_parser():
     add("--model", help="what --student holds, if the file does not say; in mode scratch, which "
         "network (default there: dit-tiny)")
     add("--teacher", help="default: the network that the student was cut from")
-    add("--mask-sigma", type=float, default=2.0, help="mode masked-kd: L_Rep leaves out activations K "
-        "standard deviations from the mean (default: %(default)s)")
-    add("--out", default="out/distill", help="default: %(default)s")
+    add("--mask-sigma", type=float, default=2.0, help="mode masked-kd: L_Rep ignores activations this "
+        "many standard deviations or more from the mean (default: %(default)s)")
+    add("--out", default="out/distill", help="a folder (default: %(default)s)")
     add = parser.add_argument_group("recipe (default: the model's, see model.py)").add_argument
     add("--lr", type=float, help="learning rate (ImageNet 2e-4, digits 1e-3)")
-    add("--lr-end", type=float, default=0.5, help="of --lr at the end of its cosine (default: "
-        "%(default)s)")
-    add("--warmup", type=int, default=0, help="linear warm-up of --lr (default: %(default)s)")
+    add("--lr-end", type=float, default=0.5, help="final learning rate, as a fraction of --lr "
+        "(default: %(default)s)")
+    add("--warmup", type=int, default=0, help="steps of linear warm-up of --lr (default: %(default)s)")
     add("--beta", type=float, help="weight of L_Rep at the start, falling to 0 (the paper's networks: 1e-2, "
         "SiT-XL 2e-4; others: 1.56 / the mean square of the teacher's hidden states)")
-    add("--ema", type=float, help="of the averaged weights (ImageNet 0.9999, digits 0.999)")
+    add("--ema", type=float, help="decay of the averaged weights, EMA (ImageNet 0.9999, digits 0.999)")
     add_training_arguments(parser)
     return parser
 
@@ -298,7 +300,7 @@ def main(argv=None, parser=None):
         cast_frozen(teacher, args.dtype)
     size = sum(p.numel() for p in net.parameters()) / 1e6
     say(f"{args.mode}: {config['name']}, {sum(net.depths())} layers, {size:.2f} M parameters, {args.steps} steps of "
-        f"{args.batch_size}, on {args.device} in {args.dtype}")
+        f"{args.batch_size} images, on {args.device} in {args.dtype}")
 
     config = config | latents.facts() | dict(mode=args.mode)
     average = copy.deepcopy(net).eval()  # before HiddenStates hooks into the network

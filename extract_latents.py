@@ -231,7 +231,7 @@ def load_vae(name="digits", ckpt=None, device="cpu", dtype=torch.float32):
     state, config = read_state(path)
     config = dict(entry, name=name) | config  # only our own files (reproduce/train_vae.py) have one
     if config["name"] != name or config["scale"] is None:
-        raise UserError(f"{path} does not hold the VAE {name}; give another --ckpt, or another --vae")
+        raise UserError(f"{path} does not hold the VAE {name}; give other weights, or another --vae")
     with torch.device("meta"):  # fresh weights would be thrown away
         vae = AutoencoderKL(config, dtype)
     with reading(path):
@@ -340,7 +340,8 @@ def read_folder(path, class_list=None):
     labels = []
     classes = []
     if class_list:
-        lines = Path(class_list).read_text().splitlines()
+        with reading(class_list):
+            lines = Path(class_list).read_text().splitlines()
         classes = [line.split()[0] for line in lines if line.strip()]
     for folder in sorted(Path(path).iterdir()):
         if not folder.is_dir():
@@ -373,7 +374,7 @@ def read_npz(path):
     with reading(path), np.load(path) as data:
         images = data["arr_0"]
         labels = data["arr_1"]
-    if images.dtype != np.uint8 or images.ndim < 3 or len(labels) != len(images):
+    if images.dtype != np.uint8 or images.shape[3:] not in ((), (3,)) or len(labels) != len(images):
         raise UserError(f"{path} must hold uint8 images (N, H, W[, 3]) in arr_0 and their labels (N,) in arr_1, "
                         f"not {images.dtype} {images.shape} and {labels.dtype} {labels.shape}")
     classes = [str(i) for i in range(labels.max() + 1)]
@@ -418,7 +419,7 @@ def load_pixels(images, labels, size, channels):
         except Exception as e:  # decoders of damaged files raise all kinds; one of them must not end days of work
             labels[i] = -1
             skipped.append(f"{image}: {e!r}")
-            print(f"warning: cannot read {skipped[-1]}", file=sys.stderr)
+            print(f"warning: left out, since it cannot be read: {skipped[-1]}", file=sys.stderr)
     if len(skipped) > max(8, len(images) // 2):  # a disk that went away, rather than a few bad files
         raise UserError(f"{len(skipped)} of {len(images)} images cannot be read; repair or remove them")
     return torch.from_numpy(pixels), torch.from_numpy(labels), skipped
@@ -459,10 +460,10 @@ def start_folder(out, meta, resume):
         old = json.loads(file.read_text())
     for key in meta:
         if old.get(key) != meta[key]:
-            raise UserError(f"{out} holds latents with another {key}, {old.get(key)} instead of {meta[key]}; "
+            raise UserError(f"{out} holds latents with {key} {old.get(key)}, not {meta[key]}; "
                             "choose another --out, or start anew with --resume never")
     if old["complete"]:
-        print(f"{out} is complete: there is nothing to encode")
+        print(f"{out} is complete: there is nothing to encode; --resume never starts anew")
 
 
 def shard_file(out, first):
@@ -628,7 +629,7 @@ def check_fit(net, latents, directory):
     shape = (net.channels, net.input_size, net.input_size)
     if latents.shape != shape or latents.classes > net.classes:
         raise UserError(f"{directory} holds latents {latents.shape} of {latents.classes} classes, the network takes "
-                        f"{shape} of at most {net.classes}; extract with the VAE of the network")
+                        f"{shape} of at most {net.classes}; give other --latents, or extract some with its VAE")
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -640,9 +641,10 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--data", default=DIGITS, help="folder of class folders, or .npz (default: the bundled digits)")
-    add("--out", default="out/latents", help="(default: %(default)s)")
-    add("--resume", default="auto", choices=["auto", "never"], help="continue or start anew (default: %(default)s)")
-    add("--vae", default="digits", choices=VAES, help="(default: %(default)s)")
+    add("--out", default="out/latents", help="a folder (default: %(default)s)")
+    add("--resume", default="auto", choices=["auto", "never"], help="auto goes on with what is in --out, never starts "
+        "anew (default: %(default)s)")
+    add("--vae", default="digits", choices=VAES, help="that of the model to be trained (default: %(default)s)")
     add("--ckpt", help="the VAE's weights (default: the bundled or official ones)")
     add("--scale", help="what latents are multiplied by: a number, or auto, 1 / their standard deviation over 256 "
         "images (default: the VAE's)")

@@ -8,9 +8,10 @@ an image shows.
 
     FID               distance between the features of samples and of real images, taken as Gaussians
     sFID              the same with features that keep their place in the image: the layout counts too
-    Inception Score   high if each sample is clearly of one class and all classes occur; samples only
+    Inception Score   (is) high if each sample is clearly of one class and all classes occur; samples only
     precision         the share of samples that lie among the real images: quality
     recall            the share of real images that lie among the samples: diversity
+    accuracy          of labelled digits, the share that the network reads as their label
 
 The definitions are those of ADM's evaluator (Dhariwal & Nichol 2021, arXiv 2105.05233), which is
 behind the tables of most papers on diffusion, without TensorFlow. There are two networks: `inception`,
@@ -397,15 +398,15 @@ def find_warnings(fake, real, features):
     dim = NETWORKS[features].dims[0]
     lines = []
     if 0 < n <= dim:
-        lines.append(f"{n} samples for {dim} features: the covariance is singular, FID far too high")
+        lines.append(f"{n} samples for {dim} features: FID is far too high; draw more than {dim}")
     if features == "inception":
         if 0 < n < 50000:
             lines.append(f"FID falls as samples are added: compare with FID of {n}, not FID-50K")
         if n and real.n and fake.size != real.size:
-            lines.append(f"samples are {fake.size}, real images {real.size}: resizing blurs one more")
+            lines.append(f"samples are {fake.size}, real images {real.size}: resizing blurs one more; use one size")
     for images in (fake, real):
         if any(file.suffix.lower() in (".jpg", ".jpeg") for file in images.files):
-            lines.append(f"{images.path} holds JPEG files: their artefacts change FID")
+            lines.append(f"{images.path} holds JPEG files: their artefacts change FID; use PNG")
     return lines
 
 
@@ -420,7 +421,7 @@ def measure(images, net, batch_size, device):
         output = net(torch.tensor(batch, device=device))
         outputs.append(torch.cat(output, 1))  # (B, D + S + C)
         if len(outputs) % 100 == 0:
-            print(f"{images.path.name}: {start} of {images.n}", file=sys.stderr)
+            print(f"{images.path.name}: {start + len(batch)} of {images.n} images", file=sys.stderr)
     output = torch.cat(outputs)  # (N, D + S + C)
     features, spatial, probs = output.split(net.dims, 1)
     stats = {
@@ -463,13 +464,13 @@ class NpzImages:
             np.lib.format.read_magic(self.array)  # the version of the format
             shape, by_columns, dtype = np.lib.format.read_array_header_1_0(self.array)
             if dtype != np.uint8 or by_columns or len(shape) not in (3, 4) or shape[0] < 4:
-                raise UserError(f"arr_0 of {path}, {dtype} {shape}, must be uint8 (N, H, W, 3) or (N, H, W), N > 3")
+                raise UserError(f"{path}: arr_0, {dtype} {shape}, must be uint8 (N, H, W[, 3]), N > 3, in C order")
             self.offset = self.array.tell()
             self.n = shape[0]
             self.size = shape[1:3]  # (H, W)
             self.image_bytes = math.prod(shape[1:])
         elif not self.statistics:
-            raise UserError(f"{path} holds neither images (arr_0) nor statistics (mu, sigma)")
+            raise UserError(f"{path} holds neither images (arr_0) nor statistics (mu, sigma); give another file")
 
     def read(self, start, stop):
         """-> uint8 (stop - start, H, W, C)."""
@@ -531,7 +532,7 @@ def main(argv=None):
         help=".npz of images, arr_0 uint8 (N, H, W, 3), or a folder (default: %(default)s)")
     add("--ref", default="digits",
         help=f"{', '.join(REFS)}, a path as above, or .npz of mu, sigma (default: %(default)s)")
-    add("--features", choices=NETWORKS, help="default: digits for --ref digits, else inception")
+    add("--features", choices=NETWORKS, help="network to compare (default: digits for --ref digits, else inception)")
     add("--ckpt", help="other weights of that network; figures compare only under the same")
     add("--json", metavar="FILE", help="also write the figures to FILE")
     add("--batch-size", type=int, default=64, help="images at a time (default: %(default)s)")
@@ -544,7 +545,7 @@ def main(argv=None):
         device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.backends.cudnn.allow_tf32 = False  # TF32 would round features to three digits
     result = evaluate(args.samples, args.ref, args.features, args.ckpt, args.batch_size, device)
-    print(f"{args.samples} against {args.ref}, {result['features']} features")
+    print(f"{args.samples} against {args.ref}, with the features of {result['features']}")
     for name, value in result.items():
         if isinstance(value, float):
             print(f"{name:<10}{value:>10.4f}")

@@ -862,7 +862,7 @@ MODELS = {
 
 def model_entry(name):
     if name not in MODELS:
-        raise UserError(f"no model is called {name!r}; there are {', '.join(MODELS)}")
+        raise UserError(f"no model is called {name!r}; there are {', '.join(MODELS)}: give one of them to --model")
     return MODELS[name]
 
 
@@ -901,7 +901,7 @@ def load_model(name=None, ckpt=None, device="cpu", weights="ema"):
             raise UserError(f"{path} {holds}; add --model NAME, the entry whose family and heads it has")
         config = dict(name=name)
     elif name not in (None, named):
-        raise UserError(f"{path} holds {named}, not {name}; give --model {named} or another --ckpt")
+        raise UserError(f"{path} holds {named}, not {name}; give --model {named} or another file")
     with reading(path):
         net = network_of(config["name"], state, config.get("layers"))
     return net.to(device).eval(), {**config, "depth": net.depths()}
@@ -1016,11 +1016,11 @@ def reading(path):
     except FileNotFoundError:
         stages = dict(shallow="prune", student="distill", samples="sample", meta="extract_latents")
         stage = stages.get(Path(path).stem)
-        advice = f"{stage}.py writes it" if stage else "give another file"
+        advice = f"run {stage}.py first" if stage else "give another path or name"
         raise UserError(f"{path} does not exist; {advice}") from None
     except Exception as e:  # damaged files raise all kinds
         words = " ".join(str(e).split())[:100] or type(e).__name__
-        raise UserError(f"{path} cannot be read, it is damaged or of another kind ({words}); give another file") from e
+        raise UserError(f"{path} cannot be read: it is damaged or of another kind ({words}); give another file") from e
 
 
 def atomic_write(path, write):
@@ -1162,7 +1162,7 @@ class Progress:
         self.printed = now
         rate = (done - self.first) / max(now - self.start, 1e-9)
         eta = datetime.timedelta(seconds=round((self.total - done) / max(rate, 1e-6)))
-        line = f"{self.what} {done}/{self.total} {self.unit}  {rate:.1f} {self.unit}/s  ETA {eta}  {note}"
+        line = f"{self.what} {done:,}/{self.total:,} {self.unit}  {rate:,.2f} {self.unit}/s  ETA {eta}  {note}"
         print(line, file=sys.stderr, flush=True)
 
 

@@ -1,19 +1,23 @@
 """Decides which layers of a diffusion transformer to keep, and removes the others. distill.py recovers the weights.
 
     python prune.py                                                       # digits: dit-tiny, 12 layers -> 6
-    torchrun --nproc_per_node=8 prune.py --model dit-xl --scheme 1:2 --latents out/latents
+    torchrun --nproc_per_node=8 prune.py --model dit-xl --scheme 1:2      # on ImageNet's latents
     python prune.py --criterion indices --layers 0,2,4,6,8,10             # a choice of your own
+    python prune.py --ckpt out/distill/student.pt --out out/d7            # prunes a student again
 
-A layer is a whole transformer block, attention and MLP. A network that loses little when a layer is removed need not be
-one that recovers well afterwards. TinyFusion therefore asks for recoverability (eq. 2): it looks for the mask m under
-which a fine-tuned network, weights W + dW, has the least loss. It learns a distribution p(m) and dW together (eq. 6),
+A layer is a whole transformer block, attention and MLP. The cut that costs least at once need not be the one that
+recovers best. TinyFusion (the paper) therefore asks for recoverability (eq. 2): it looks for the mask m under which a
+fine-tuned network, weights W + dW, has the least loss. It learns a distribution p(m) and dW together (eq. 6),
 
     min over p(m) and dW of  E_x,m  loss(x, W + dW, m).
 
 The L layers are divided into groups of M neighbours, each of which keeps N (eq. 3). A group has C(M, N) candidate masks
-with one logit each; every sample of the batch draws a candidate by Gumbel-softmax, so its logit gets a gradient; and a
-cheap dW (LoRA) stands for the fine-tuning to come. In the end each group keeps its likeliest candidate, dW is thrown
-away, and the kept layers leave with their original weights.
+with one logit each. Every sample of the batch draws a candidate by Gumbel-softmax, through which the logits get
+gradients. A cheap dW (LoRA) stands for the fine-tuning to come. In the end each group keeps its likeliest candidate,
+dW is thrown away, and the kept layers are saved with their original weights.
+
+Other criteria, to compare: bi, flux-lite and sensitivity score single layers; lowest-loss tries whole cuts; oracle
+spreads the kept layers evenly and ignores the groups; random draws a cut; indices takes --layers.
 
 Writes to --out: shallow.pt, decision.png (the search over time), log.jsonl, and step-*.pt to resume from.
 
@@ -49,20 +53,21 @@ from model import (
 
 def parse_scheme(text, depths):
     """ "2:4", or a list "3:4,3:4,2:4", -> [(N, M), ...], one entry for each group of M neighbours. M is the same for
-    all groups, and a group lies in one list of layers. depths: the number of layers in each list."""
+    all groups, and a group lies in one of the network's lists of blocks. depths: the number of layers in each."""
     scheme = []
     for group in text.split(","):
         if not re.fullmatch("[0-9]+:[1-9][0-9]*", group):
-            raise UserError(f"--scheme {text!r} is not N:M, like 1:2, or a list of such groups, like 3:4,2:4")
-        n, m = map(int, group.split(":"))
-        scheme.append((n, m))
+            raise UserError(f"--scheme {text!r} is not understood; give N:M, like 1:2, or a list, like 3:4,2:4")
+        n, size = group.split(":")
+        scheme.append((int(n), int(size)))
+    m = scheme[0][1]
     if len(scheme) == 1:  # 1:2 is short for 1:2,1:2,...
         scheme = scheme * (sum(depths) // m)
     sizes_fit = all(size == m and 1 <= n <= m for n, size in scheme)
     if not sizes_fit or any(depth % m for depth in depths) or m * len(scheme) != sum(depths):
         layers = " + ".join(map(str, depths))
-        raise UserError(f"--scheme {text} must keep 1 to M layers of each M, and fill {layers} layers with groups of "
-                        "one size M; change it")
+        raise UserError(f"--scheme {text} does not fit; fill {layers} layers with groups N:M of one size M, and N from "
+                        "1 to M")
     return scheme
 
 
@@ -78,7 +83,7 @@ def candidate_masks(n, m):
     """All ways to keep n of m layers, lexicographic by kept layers: (C(m, n), m) of 0 and 1."""
     count = math.comb(m, n)  # 6 for 2:4, and 3,432 for 7:14
     if count > 100_000:
-        raise UserError(f"a {n}:{m} group has {count:,} candidate masks; divide the network into smaller groups")
+        raise UserError(f"a {n}:{m} group has {count:,} candidate masks; give --scheme smaller groups")
     kept = torch.tensor(list(itertools.combinations(range(m), n)))  # (C(m, n), n)
     masks = torch.zeros(count, m)
     return masks.scatter(1, kept, 1.0)
@@ -94,9 +99,9 @@ def draw_masks(logits, candidates, gumbel, tau, scaling=LOGIT_SCALE):
     """One candidate for each sample (eq. 4 and 5): logits (..., K), candidates (..., K, M), Gumbel noise (..., B, K)
     -> masks (..., B, M), choice (..., B); the leading dimensions are groups.
 
-    The masks are 0 or 1; their gradient is that of the softmax (straight-through). tau shapes only this gradient: it
-    is nearly flat at tau = 4 and nearly one-hot at 0.1. Which candidate is drawn, the largest of the scaled logits
-    plus noise, does not depend on tau. Exploring ends because the scaled logits grow apart."""
+    The masks are 0 or 1; their gradient is that of the softmax (straight-through). tau shapes only this softmax: it is
+    nearly flat at tau = 4 and nearly one-hot at 0.1. Which candidate is drawn, the one with the largest score, does
+    not depend on tau. Exploring ends because the scaled logits grow apart."""
     scores = logits.unsqueeze(-2) * scaling + gumbel  # (..., B, K)
     soft = F.softmax(scores / tau, dim=-1)
     choice = soft.argmax(dim=-1)  # (..., B)
@@ -169,9 +174,9 @@ class DenseMaskedLayer(nn.Module):
 class MaskedLayer(DenseMaskedLayer):
     """The same output and gradients for less work, where every m is 0 or 1.
 
-    Where m is 0 the gradient of the block's weights is exactly zero, and block(x) is needed only for the gradient of m.
-    Those samples go through the block without autograd: at 1:2 a third of a step is saved with --delta-w full, a
-    quarter with LoRA."""
+    Where m is 0 no gradient flows back through the block, neither to its weights nor to its input: block(x) is needed
+    only as a number, for the gradient of m. Those samples go through the block without autograd. At 1:2 this saves a
+    third of a step with --delta-w full, a quarter with LoRA."""
 
     def forward(self, x, *conditions):
         out = torch.empty_like(x)  # block(x), put together from two parts
@@ -193,7 +198,7 @@ def set_masks(layers, masks):
     """Gives each of the L masked layers its masks (B,) of this batch, and the indices of the samples that use the layer
     (on) and skip it (off). masks: (B, L), on the device of the network."""
     values = masks.detach().cpu()  # the host waits for the device here, once in a batch
-    if (values - values.round()).abs().max() > 1e-3:
+    if (values - values.round()).abs().max() > 1e-3:  # straight-through may miss 1 by a rounding error
         raise ValueError("a MaskedLayer takes masks of 0 and 1; for others use DenseMaskedLayer")
     for i, layer in enumerate(layers):
         on = (values[:, i] > 0.5).nonzero().flatten()
@@ -252,10 +257,10 @@ def learned(net, objective, batches, scheme, args):
 
 
 def search(net, objective, batches, masks, args):
-    """Learns the distribution `masks` (lr 1e-3) and dW (lr 1e-4) together, as in the release; -> the layers to keep.
+    """Learns the distribution `masks` (lr 1e-3) and dW (lr 1e-4) together, as in the authors' released code.
 
-    The loss is the family's own: no teacher takes part. The network stays in eval mode: MAR's dropout (the paper says
-    nothing of it) would add noise to the comparison of the masks."""
+    -> the layers to keep. The loss is the network's own training loss: no teacher takes part. The network stays in eval
+    mode: MAR's dropout (the paper says nothing of it) would add noise to the comparison of the masks."""
     torch.manual_seed(make_seed(args.seed, 2))  # LoRA's A
     delta = add_delta_w(net, args.delta_w)
     cast_frozen(net, args.dtype)
@@ -272,7 +277,7 @@ def search(net, objective, batches, masks, args):
     sums = collections.defaultdict(float)  # of what is logged, since the last log line
 
     while step < args.steps:
-        tau = 4 + (0.1 - 4) * step / args.steps  # the gradient of the draw: from flat to one-hot
+        tau = 4 + (0.1 - 4) * step / args.steps  # the softmax behind the gradient: from flat to one-hot
         for part in range(args.accumulate):
             x, y, rng = batches(step, part)  # this rank's rows of the global batch
             batch = objective.make_batch(x, y, rng)
@@ -329,7 +334,7 @@ def calibration_loss(net, objective, fixed, dtype=torch.float32):
 
 @contextlib.contextmanager
 def keeping(net, kept):
-    """In here the network has only these layers."""
+    """Inside the `with`, the network has only these layers."""
     lists = {name: getattr(net, name) for name in net.block_lists}
     before = net.kept
     net.keep_layers(kept)
@@ -351,7 +356,8 @@ def mean_scores(net, objective, batches, args, measure):
         hidden = inputs[0].float()
         sums[layers.index(layer)] += measure(hidden, out.float()).sum()
 
-    hooks = [layer.register_forward_hook(add) for layer in layers]  # called at each forward pass
+    hooks = [layer.register_forward_hook(add) for layer in layers]
+    # Only for its forward passes, which call the hooks.
     calibration_loss(net, objective, calibration_batches(objective, batches), args.dtype)
     for hook in hooks:
         hook.remove()
@@ -372,7 +378,7 @@ def keep_best(scores, scheme, args):
 
 
 def block_influence(net, objective, batches, scheme, args):
-    """ShortGPT (Men et al. 2024): a layer matters as much as it turns the hidden state, 1 - cos(input, output)."""
+    """ShortGPT (Men et al. 2024): a layer's score is how far it turns the hidden state, 1 - cos(input, output)."""
 
     def turn(x, out):
         return 1 - F.cosine_similarity(x, out, dim=-1).mean(1)
@@ -381,7 +387,7 @@ def block_influence(net, objective, batches, scheme, args):
 
 
 def flux_lite(net, objective, batches, scheme, args):
-    """Flux.1 Lite (Verdu & Martin 2024): a layer matters as much as it changes the hidden state, MSE(input, output)."""
+    """Flux.1 Lite (Verdu & Martin 2024): a layer's score is how much it changes the state, MSE(input, output)."""
 
     def change(x, out):
         return (out - x).square().mean(dim=(1, 2))
@@ -411,7 +417,7 @@ def leave_one_out(net, objective, fixed, dtype=torch.float32):
 
 
 def sensitivity(net, objective, batches, scheme, args):
-    """A layer matters as much as the loss rises when it alone is left out."""
+    """A layer's score is how much the loss rises when this layer alone is left out."""
     rises = leave_one_out(net, objective, calibration_batches(objective, batches), args.dtype)
     return keep_best(rises, scheme, args)
 
@@ -482,7 +488,8 @@ def check_kept(kept, scheme):
     depth = sum(m for _, m in scheme)
     outside = [i for i in kept if not 0 <= i < depth]
     if outside or len(set(kept)) < len(kept):
-        raise UserError(f"the layers to keep, {kept}, must be different ones of 0 to {depth - 1}; change them")
+        raise UserError(f"the layers to keep, {kept}, must be distinct and from 0 to {depth - 1}; change --layers or "
+                        "the criterion")
     for first, n, m in groups_of(scheme):
         count = sum(first <= i < first + m for i in kept)
         if count != n:
@@ -493,8 +500,8 @@ def check_kept(kept, scheme):
 
 @torch.no_grad()
 def check_family(net):
-    """Checks, before a long run relies on it, that a network does what `Prunable` asks (model.py): a masked layer is
-    a cut layer, and what is saved is what is loaded. All in a few forward passes; no weight is copied."""
+    """Checks, before a long run relies on it, that a network does what `Prunable` asks (model.py): masking a layer
+    gives the same output as cutting it, and so does a saved network that is loaded. No weight is copied."""
     device = next(net.parameters()).device
     layers = net.layers()
     left_out = []  # the second layer of each list
@@ -519,14 +526,14 @@ def check_family(net):
         net.replace_layers(layers)
         with keeping(net, others):
             cut = objective.predict(net, batch)
-            loaded = network_of(net.name, net.state_dict(), net.kept)
-        loaded = objective.predict(loaded, batch)
+            loaded_net = network_of(net.name, net.state_dict(), net.kept)
+        loaded = objective.predict(loaded_net, batch)
     except Exception as e:
-        raise UserError(f"{type(net).__name__} lacks something that `Prunable` in model.py asks for: {e!r}") from e
+        raise UserError(f"{type(net).__name__} fails the check of what `Prunable` in model.py asks for ({e!r})") from e
     for what, out in (("cut", cut), ("saved and loaded", loaded)):
         if not torch.allclose(out, expected, rtol=1e-3, atol=1e-4):
-            raise UserError(f"{type(net).__name__} without layers {left_out} is another network when it is {what} than "
-                            "when they are masked; does it use the layers' original_indices()?")
+            raise UserError(f"{type(net).__name__} without layers {left_out} gives another output when it is {what} "
+                            "than when they are masked; let it use the layers' original_indices()")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -565,6 +572,7 @@ def split_layers(net):
 # ---------------------------------------------------------------------------------------------------------------------
 # The picture.
 
+
 def draw_decision(out):
     """decision.png from log.jsonl: a row for each layer, time to the right; the darker, the likelier to be kept."""
     lines = [line for line in read_log(out) if "kept" in line]
@@ -602,23 +610,24 @@ def layer_list(text):
 
 
 def make_parser():
-    """The flags. What is None follows the model's recipe (model.py)."""
+    """The flags. A flag left at None takes the value of the model's recipe (model.py)."""
     description = __doc__.split("\n\nRead top")[0]
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument_group("what to cut, and how to choose").add_argument
     add("--model", help=f"one of {', '.join(MODELS)} (default: dit-tiny, or what --ckpt holds)")
-    add("--ckpt", help="its weights, instead of the official ones; or a student, to prune again")
+    add("--ckpt", help="its weights, instead of the official or bundled ones; or a student, to prune again")
     add("--scheme", default="1:2", help="keep N of each M neighbouring layers; or a list, 3:4,2:4,... with one entry "
         "for each group (default: %(default)s)")
     add("--granularity", choices=["block", "sublayer"], default="block", help="what a layer is: a whole block, or its "
         "attention and its MLP each, twice as many (default: %(default)s)")
     add("--criterion", choices=CRITERIA, default="learned", help="how to choose (default: %(default)s)")
-    add("--layers", type=layer_list, help="criterion indices: the layers to keep, from 0")
-    add("--candidates", type=int, default=1000, help="criterion lowest-loss: all cuts if they are so few, "
-        "else so many random ones (default: %(default)s)")
+    add("--layers", type=layer_list, help="criterion indices: the layers to keep, from 0; --scheme 6:12 "
+        "allows any 6 of 12")
+    add("--candidates", type=int, default=1000, help="criterion lowest-loss: how many random cuts to try, or "
+        "all if there are no more (default: %(default)s)")
     add("--delta-w", choices=["lora", "full", "frozen"], default="lora", help="criterion learned: what is trained with "
         "the masks (default: %(default)s)")
-    add("--out", default="out/prune", help="default: %(default)s")
+    add("--out", default="out/prune", help="a folder (default: %(default)s)")
     add_training_arguments(parser)
     return parser
 
@@ -627,7 +636,7 @@ def main(argv=None, parser=None):
     """Search, cut, measure the loss after the cut, draw. parser: make_parser() with flags of your own criterion."""
     parser = parser or make_parser()
     args = parser.parse_args(argv)
-    if (args.layers is None) == (args.criterion == "indices"):
+    if (args.layers is not None) != (args.criterion == "indices"):
         raise UserError("--layers I,J,... and --criterion indices go together; give both or neither")
     if not args.model and not args.ckpt:
         args.model = "dit-tiny"
@@ -635,10 +644,9 @@ def main(argv=None, parser=None):
     net, config = load_model(args.model, args.ckpt, args.device)
     if args.granularity == "sublayer":
         split_layers(net)
+    scheme = parse_scheme(args.scheme, net.depths())
     if args.criterion == "oracle":  # it ignores groups
-        scheme = oracle_scheme(parse_scheme(args.scheme, net.depths()), net.depths())
-    else:
-        scheme = parse_scheme(args.scheme, net.depths())
+        scheme = oracle_scheme(scheme, net.depths())
     check_family(net)
     objective = net.objective()
     batches = None  # without latents
@@ -647,10 +655,11 @@ def main(argv=None, parser=None):
         check_fit(net, latents, args.latents)
         fill_recipe(args, MODELS[config["name"]]["prune"], len(latents))
         batches = Batches(latents, args.batch_size, args.accumulate, args.seed, args.device)
+    resume(args, {})  # an error if --out holds a search with other flags
     say(f"{args.criterion}: {config['name']}, {sum(net.depths())} layers, on {args.device} in {args.dtype}")
 
     kept = CRITERIA[args.criterion](net, objective, batches, scheme, args)
-    kept = check_kept(kept, scheme)  # a criterion may be anybody's
+    kept = check_kept(kept, scheme)  # a criterion may be your own
     shallow, config = prune_layers(args, scheme, kept)
     loss = None
     if batches:
@@ -688,20 +697,20 @@ def oracle_scheme(scheme, depths):
 def add_training_arguments(parser):
     """The flags that prune.py and distill.py share."""
     add = parser.add_argument_group("training").add_argument
-    add("--latents", default="out/latents", help="written by extract_latents.py (default: %(default)s)")
-    add("--batch-size", type=int, help="global batch, shared out over ranks (default: the recipe's)")
-    add("--steps", type=int, help="optimiser steps of the whole run (default: the recipe's)")
-    add("--seed", type=int, default=0, help="of everything drawn (default: %(default)s)")
+    add("--latents", default="out/latents", help="folder that extract_latents.py wrote (default: %(default)s)")
+    add("--batch-size", type=int, help="global batch, shared out over ranks (default: the model's, see model.py)")
+    add("--steps", type=int, help="optimiser steps of the whole run (default: the model's)")
+    add("--seed", type=int, default=0, help="of all random numbers (default: %(default)s)")
     add("--resume", choices=["auto", "never"], default="auto", help="auto goes on from the newest step-*.pt of --out, "
         "if there is one; never starts anew (default: %(default)s)")
-    add("--save-every", type=int, help="between step-*.pt checkpoints (default: the recipe's)")
+    add("--save-every", type=int, help="steps between step-*.pt checkpoints (default: the model's)")
     add("--keep", type=int, default=2, help="how many of the newest step-*.pt to keep (default: %(default)s)")
-    add("--log-every", type=int, default=20, help="between log lines (default: %(default)s)")
+    add("--log-every", type=int, default=20, help="steps between log lines (default: %(default)s)")
     add = parser.add_argument_group("machine").add_argument
-    add("--device", default="auto", help="cpu, cuda, cuda:1; auto takes a GPU if there is one")
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
     add("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="of the forward pass; auto: bfloat16 "
-        "where the hardware has it")
-    add("--accumulate", type=int, default=1, help="split each rank's batch in N, to save memory "
+        "where the hardware has it (default: %(default)s)")
+    add("--accumulate", type=int, default=1, help="parts that each rank's batch is computed in, to save memory "
         "(default: %(default)s)")
 
 
@@ -710,7 +719,8 @@ FREE = ("out", "latents", "resume", "save_every", "keep", "log_every", "device",
 
 
 def start_run(args):
-    """Turns --device, --dtype and --out into what they name, and empties --out for a run that starts anew."""
+    """Turns --device, --dtype and --out into what they name. For a run that starts anew, removes the checkpoints, log
+    and pictures of an earlier one from --out."""
     args.device = start_ranks(args.device)
     args.dtype = choose_dtype(args.dtype, args.device)
     args.out = Path(args.out)
@@ -721,7 +731,7 @@ def start_run(args):
         if args.resume == "never" or not checkpoints(args.out):  # nothing to go on from
             for old in [*checkpoints(args.out), *args.out.glob("log.jsonl"), *args.out.glob("*.png")]:
                 old.unlink()
-    barrier()  # no rank looks for checkpoints before
+    barrier()  # no rank looks for checkpoints before this
 
 
 def fill_recipe(args, recipe, images):
@@ -763,13 +773,15 @@ def save(args, step, state, **more):
         contents = {name: value.state_dict() for name, value in state.items()}
         path = args.out / f"step-{step:08}.pt"
         save_checkpoint(path, **contents, **more, step=step, args=compared_flags(args))
-        for old in checkpoints(args.out)[: -args.keep]:
+        newest_first = checkpoints(args.out)[::-1]
+        for old in newest_first[args.keep :]:
             old.unlink()
     barrier()
 
 
 def log(args, step, sums, progress, **facts):
-    """Logs the averages of `sums` over steps and ranks, and empties it. The host waits for the device here."""
+    """Logs the mean of `sums` per step, and empties it. Each rank has summed its share. The host waits for the device
+    here."""
     steps = sums.pop("steps")  # since the last log line
     values = torch.tensor([float(value) for value in sums.values()], device=args.device) / steps
     averages = dict(zip(sums, sum_over_ranks(values).tolist()))
@@ -778,8 +790,8 @@ def log(args, step, sums, progress, **facts):
     append_log(args, step=step, **averages, images_per_s=round(rate, 1), **facts)
     progress.update(step, f"loss {averages['loss']:.4f}")
     if averages["skipped"] > 0.99:
-        raise UserError(f"in the {steps:.0f} steps up to step {step} the gradient was never finite; lower --lr or use "
-                        "--dtype float32")
+        raise UserError(f"in the {steps:.0f} steps up to step {step} the gradient was never finite; use --dtype "
+                        "float32, or a lower --lr in distill.py")
 
 
 def append_log(args, **line):
@@ -789,7 +801,8 @@ def append_log(args, **line):
 
 
 def read_log(out):
-    """The lines of log.jsonl, one for each step: a run that was killed wrote some steps twice."""
+    """The lines of log.jsonl, with those of one step merged: `main` adds to the last step, and a run that was killed
+    wrote some steps twice."""
     lines = {}
     for text in (out / "log.jsonl").read_text().splitlines():
         line = json.loads(text)
@@ -840,13 +853,13 @@ def adamw(*groups):
 
 
 def clip_and_step(optimizer, parameters, sums):
-    """Clips the gradient's norm to 1 and makes a step, which is skipped if the gradient is not finite."""
+    """Clips the gradient's norm to 1 and takes a step, or skips it if the gradient is not finite."""
     norm = nn.utils.clip_grad_norm_(parameters, 1.0)  # the same on all ranks
     skipped = (~norm.isfinite()).float()
     optimizer.found_inf = skipped  # fused AdamW reads it on the device: the host need not wait to know
     optimizer.step()
     optimizer.zero_grad()
-    sums["grad_norm"] += norm / world_size()
+    sums["grad_norm"] += norm / world_size()  # this rank's share: `log` sums over ranks
     sums["skipped"] += skipped / world_size()
     sums["steps"] += 1
 

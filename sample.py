@@ -1,8 +1,9 @@
 """Draws images from a network: a PNG grid to look at, and an .npz file to measure with fid.py.
 
     python sample.py                                                      # digits from out/distill/student.pt
-    torchrun --nproc_per_node=8 sample.py --model dit-xl --num-images 50000
-    python sample.py --ckpt out/distill/student.pt --export shallow.safetensors
+    torchrun --nproc_per_node=8 sample.py --model dit-xl --num-images 50000 --out out/xl
+    python sample.py --ckpt out/distill/student.pt --export student.safetensors
+    python sample.py --model dit-xl --classes 207 360 --guidance 4        # golden retrievers and otters
 
 In a notebook:
 
@@ -13,8 +14,10 @@ Image i has class i modulo the number of classes, and its noise comes from block
 the same image, up to rounding, on any number of ranks and in any batch size. The folder --out, which all ranks must
 see, receives samples.npz (arr_0: uint8 (N, H, W, 3), arr_1: labels (N,)), samples.json (settings, images/s), grid.png.
 
-Read: guidance; the Gaussian process (DDPM, DDIM); the interpolant (SiT's SDE and ODE); masked tokens (MAR); the run.
+By default --sampler, --steps, --guidance, --temperature and --token-steps are the model's own (model.py: MODELS).
 """
+# Read: guidance; the Gaussian process (DDPM, DDIM); the interpolant (SiT's SDE and ODE); masked tokens (MAR); the run.
+
 import argparse
 import functools
 import json
@@ -227,8 +230,8 @@ def sample_interpolant(net, y, rng, sampler, steps, guidance, guidance_channels,
     """sde-euler, sde-heun, ode-euler, ode-heun, ode-dopri5: labels y (B,) -> latents (B, C, H, W).
 
     steps: grid points, both ends included. sde: the last arguments of integrate_sde, which an ODE ignores."""
-    if steps < 2:
-        raise UserError(f"--steps {steps}: the grid needs its two ends; give 2 or more")
+    if not isinstance(steps, int) or steps < 2:
+        raise UserError(f"--steps {steps} is no number of grid points; give 2 or more")
     labels = labels_for_guidance(y, net.classes, guidance)
     velocity = guided(net, labels, guidance, guidance_channels)
 
@@ -373,6 +376,7 @@ def export(path, net, config, dtype):
         save_checkpoint(path, model=state, ema=state, config=config, step=0)
     else:
         raise UserError(f"--export {path}: give a file that ends in .safetensors or .pt")
+    print(f"wrote {path}")
 
 
 def parse_arguments(argv):
@@ -382,24 +386,23 @@ def parse_arguments(argv):
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--model", help="a model with weights of its own, like dit-xl; or what --ckpt holds, where it does not say")
+    add("--model", help="draw from its official or bundled weights; or what --ckpt holds, where the file does not say")
     add("--ckpt", help=f"a checkpoint (default without --model: {STUDENT})")
-    add("--weights", choices=["ema", "model"], default="ema", help="averaged or raw, if it has both (default: ema)")
-    add("--num-images", type=int, default=1000, help="FID-50K needs 50000 (default: 1000)")
+    add("--weights", choices=["ema", "model"], default="ema", help="averaged (ema) or raw (model) ones (default: ema)")
+    add("--num-images", type=int, default=1000, help="how many; FID-50K needs 50000 (default: 1000)")
     add("--classes", nargs="+", help="only these, numbers or names, in turn (default: all that it was trained on)")
-    add("--seed", type=int, default=0)
-    # Of these five, the defaults are the model's own settings.
-    add("--sampler", choices=SAMPLERS)
-    add("--steps", type=step_count, help="steps; rounds of mar. ddpm, ddim: also ddim50 and others of a fixed stride")
+    add("--seed", type=int, default=0, help="of the noise (default: 0)")
+    add("--sampler", choices=SAMPLERS, help="one of the model's family")
+    add("--steps", type=step_count, help="grid points of sde, ode; rounds of mar; ddpm, ddim: also ddim50, every 20th")
     add("--guidance", type=float, help="scale of the classifier-free guidance; 1 is none")
     add("--temperature", type=float, help="mar: scale of the noise")
     add("--token-steps", type=step_count, help="mar: diffusion steps per token, also ddim25")
     add("--out", type=Path, default=Path("out/sample"), help="a folder (default: out/sample)")
     add("--vae", choices=VAES, help="the decoder (default: the model's own)")
-    add("--vae-ckpt", help="its weights (default: the table's)")
+    add("--vae-ckpt", help="the VAE's weights (default: the bundled or official ones)")
     add("--export", type=Path, help="write the weights to this .safetensors or .pt file, in --dtype, and stop")
     add("--batch-size", type=int, default=256, help="images at a time per rank (default: 256)")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:N (default: auto)")
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     add("--dtype", choices=["float32", "bfloat16", "float16", "auto"], default="float32", help="default: float32")
     return parser.parse_args(argv)
 
@@ -429,7 +432,7 @@ def choose_classes(words, config, net):
     numbers |= {name: int(i) for i, name in names.items()}
     for word in words:
         if word not in numbers:
-            raise UserError(f"--classes {word}: give numbers up to {net.classes - 1}, or names: {[*names.values()]}")
+            raise UserError(f"--classes {word}: give numbers up to {net.classes - 1}, or names, if the file has them")
     return [numbers[word] for word in words]
 
 

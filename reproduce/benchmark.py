@@ -48,7 +48,9 @@ def in_turn(functions, rounds):
 def main():
     flags = f"--model dit-s --batch-size 16 --dtype float32 --out {tempfile.mkdtemp()}"
     flags += " --lr 1e-4 --beta 0.01 --ema 0.999 --steps 1000 --save-every 1000 --log-every 1000"
-    args = distill.make_parser().parse_args([*flags.split(), *sys.argv[1:]])
+    parser = distill.make_parser()
+    parser.description = __doc__
+    args = parser.parse_args([*flags.split(), *sys.argv[1:]])
     prune.start_run(args)
 
     torch.manual_seed(0)

@@ -75,6 +75,8 @@ def draw_curves(title, x_name, y_name, x_ticks, y_ticks, curves):
 
 
 def main():
+    if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
+        sys.exit(__doc__)
     folder = Path(sys.argv[1])
     curves = {}
     for text in (folder / "log.jsonl").read_text().splitlines():

@@ -1,4 +1,4 @@
-"""DiT in the format of Hugging Face's diffusers, both ways.
+"""Converts a DiT to and from the format of Hugging Face's diffusers.
 
     python reproduce/diffusers_format.py --read diffusion_pytorch_model.safetensors --model dit-xl --out dit-hf.pt
     python reproduce/diffusers_format.py --write out/distill/student.pt --out out/student-diffusers
@@ -117,10 +117,12 @@ def write_json(path, **contents):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--read", help="weights of diffusers' transformer")
-    parser.add_argument("--write", help="checkpoint of a DiT in our format")
+    either = parser.add_mutually_exclusive_group(required=True)
+    either.add_argument("--read", help="weights of diffusers' transformer")
+    either.add_argument("--write", help="checkpoint of a DiT in our format")
     parser.add_argument("--out", type=Path, required=True, help="a file for --read, a folder for --write")
-    parser.add_argument("--model", help="the entry of the table of models, unless the file says it")
+    parser.add_argument("--model", help="the entry of the table of models: needed with --read, and if the file of "
+                        "--write does not say it")
     args = parser.parse_args(argv)
     if args.read:
         net = read_transformer(args.read, args.model)

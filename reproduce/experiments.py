@@ -3,13 +3,14 @@
     python reproduce/experiments.py --list            # what docs/results lacks, and how long it would take
     python reproduce/experiments.py                   # computes it; --share 0/2 and --share 1/2: two processes
     python reproduce/experiments.py --only sit-tiny   # cells whose name contains a text
-    python reproduce/experiments.py --only speed      # the timings, which the others leave out: while nothing else runs
+    python reproduce/experiments.py --only speed      # the timings, while nothing else runs; the others leave them out
     python reproduce/experiments.py --again 2         # computes two finished cells of each kind anew and compares
     python reproduce/experiments.py --score dit-tiny 0,1,2,3,4,7      # how good is a cut? looked up, or computed
 
 A cell is a way through the stages. `losses`: the loss right after every cut of a scheme. `choice`: what one criterion
-keeps. `recovery`: a cut, recovered for some steps, and the Fréchet distance of 500 samples. `speed`: a cut's forward
-pass. Each is written when it is done, so a kill loses one cell.
+keeps. `recovery`: a cut, recovered for some steps, and the Fréchet distance of 500 samples. `teacher`: the distance of
+the uncut network. `speed`: a cut's forward pass. Each is written to out/experiments when it is done, and all to
+docs/results at the end. A kill loses one cell.
 """
 import argparse
 import itertools
@@ -122,9 +123,8 @@ recovery model=dit-tiny kept=lowest,learned,worst steps=800 seed=0              
 choice model=dit-tiny scheme=1:2,2:4,6:12 seed=0,1,2 criterion=learned               # table 4
 choice model=dit-tiny scheme=1:2,2:4,6:12 seed=0,1,2 criterion=learned delta_w=full,frozen
 
-choice model=dit-tiny,sit-tiny,mar-tiny scheme=1:2,free seed=0 criterion=flux-lite,probe,oracle,greedy,adapted,halving
-choice model=dit-tiny,sit-tiny,mar-tiny scheme=1:2,free seed=0 criterion=distilled
-choice model=dit-tiny,sit-tiny,mar-tiny scheme=1:2 seed=0,1,2 criterion=random,learned,adapted
+choice model=dit-tiny,sit-tiny,mar-tiny scheme=1:2,free seed=0 criterion=flux-lite,oracle,greedy
+choice model=dit-tiny,sit-tiny,mar-tiny scheme=1:2 seed=0,1,2 criterion=random,learned
 choice model=dit-tiny scheme=1:2 seed=3,4 criterion=learned
 choice model=dit-tiny,sit-tiny,mar-tiny scheme=2:4,6:12 seed=0 criterion=learned,sensitivity granularity=sublayer
 
@@ -444,9 +444,9 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--list", action="store_true", help="print what is left, with an estimate, and stop")
     parser.add_argument("--only", default="", metavar="TEXT", help="only cells whose name contains it")
-    parser.add_argument("--share", default="0/1", metavar="I/N", help="every Nth cell from the Ith, for N processes")
-    parser.add_argument("--score", nargs=2, metavar=("MODEL", "I,J,..."), help="score one cut, and stop")
-    parser.add_argument("--again", type=int, default=0, metavar="N", help="compute N cells of each kind anew, compare")
+    parser.add_argument("--share", default="0/1", metavar="I/N", help="every Nth cell from the Ith, counted from 0")
+    parser.add_argument("--score", nargs=2, metavar=("MODEL", "I,J,..."), help="print the distance and rank of a cut")
+    parser.add_argument("--again", type=int, default=0, metavar="N", help="compute N of each kind anew, and compare")
     args = parser.parse_args()
     os.chdir(ROOT)
     if args.list:

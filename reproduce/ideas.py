@@ -3,12 +3,8 @@
     python reproduce/ideas.py --criterion greedy --scheme 6:12 --out out/greedy       # the flags are prune.py's
     python reproduce/ideas.py distill --mode cosine --out out/cosine                  # the flags are distill.py's
 
-distilled    the paper's search, on the distillation loss of the uncut network instead of the diffusion loss
 greedy       removes one layer after another, each time the one whose removal leaves the least loss
-adapted      trains LoRA under masks drawn uniformly for 200 steps, then takes the cut of the least loss with it
 shortlist    the 24 cuts that keep the most sensitive layers, each recovered for 20 steps; the least loss wins
-halving      the eight cuts of the least loss, fine-tuned for 10 steps; the better half for 10 more; and once more
-probe        removes in each group the layers that one linear map replaces best
 gates        learns a Bernoulli gate for each layer instead of the N:M groups, with a penalty on the expected depth
 cosine       a loss on hidden states: only the direction of each token's state has to be the teacher's
 
@@ -49,11 +45,6 @@ class Distilled:
         with torch.no_grad():
             target = self.predict(self.teacher, batch)
         return 0.9 * self.plain.kd(out, target, batch) + 0.1 * self.plain.loss(out, batch)
-
-
-def distilled(net, objective, batches, scheme, args):
-    objective = Distilled(objective, copy.deepcopy(net))
-    return prune.learned(net, objective, batches, scheme, args)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -140,45 +131,6 @@ def train(net, objective, batches, steps, optimizer, args, prepare=lambda rng: N
         prune.clip_and_step(optimizer, parameters, collections.Counter())
 
 
-def adapted(net, objective, batches, scheme, args, steps=200):
-    """What the search's dW is worth without its logits: all masks are equally likely, then every cut is tried."""
-    torch.manual_seed(make_seed(args.seed, 2))  # LoRA's A
-    delta = prune.add_delta_w(net, "lora")
-    blocks = net.layers()
-    layers = [MaskedLayer(block) for block in blocks]
-    masks = GroupMasks(scheme, args.device).requires_grad_(False)
-    optimizer = adamw(dict(params=delta, lr=1e-3))
-    net.replace_layers(layers)
-    train(net, objective, batches, range(steps), optimizer, args, lambda rng: set_masks(layers, masks.sample(rng, 1.0)))
-    net.replace_layers(blocks)
-    return prune.lowest_loss(net, objective, batches, scheme, args)
-
-
-def halving(net, objective, batches, scheme, args, start=8, each=10):
-    """Successive halving: what costs most, fine-tuning, is spent on the cuts that may still win."""
-    fixed = calibration_batches(objective, batches)
-    of_groups = [itertools.combinations(range(first, first + m), n) for first, n, m in groups_of(scheme)]
-    cuts = [tuple(itertools.chain(*parts)) for parts in itertools.product(*of_groups)]
-    losses = dict(zip(cuts, losses_of_cuts(net, objective, fixed, cuts, args.dtype)))
-    left = sorted(cuts, key=losses.get)[:start]
-    students = {}
-    optimizers = {}
-    for kept in left:
-        student = copy.deepcopy(net)
-        student.keep_layers(kept)
-        students[kept] = student.train().requires_grad_(True)
-        optimizers[kept] = adamw(dict(params=list(student.parameters()), lr=1e-3))
-    done = 0
-    while len(left) > 1:
-        losses = {}
-        for kept in left:
-            train(students[kept], objective, batches, range(done, done + each), optimizers[kept], args)
-            losses[kept] = calibration_loss(students[kept], objective, fixed, args.dtype)
-        done += each
-        left = sorted(losses, key=losses.get)[: len(left) // 2]
-    return list(left[0])
-
-
 def shortlist(net, objective, batches, scheme, args, count=24, steps=20):
     """Recovers the likeliest cuts for a moment, and keeps the one that has the least loss then.
 
@@ -211,50 +163,14 @@ def best_cuts(scores, scheme, count):
     return cuts
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# A criterion that looks at hidden states.
-
-
-@torch.no_grad()
-def probe(net, objective, batches, scheme, args):
-    """PPCL (Ma et al. 2025, arXiv 2511.16156): each group loses the M - N neighbours that a linear map replaces best.
-
-    A least-squares map A from the input x of the first of them to the output y of the last leaves the share
-    |y - x A|^2 / |y|^2 unexplained. Several ranks would each ask their own samples: give it one."""
-    layers = net.layers()
-    inputs = collections.defaultdict(list)
-    outputs = collections.defaultdict(list)
-
-    def remember(layer, arguments, out):
-        inputs[layer].append(arguments[0].flatten(0, 1).double())  # (B T, D)
-        outputs[layer].append(out.flatten(0, 1).double())
-
-    hooks = [layer.register_forward_hook(remember) for layer in layers]
-    calibration_loss(net, objective, calibration_batches(objective, batches), args.dtype)
-    for hook in hooks:
-        hook.remove()
-    kept = []
-    for first, n, m in groups_of(scheme):
-        unexplained = {}
-        for a in range(first, first + n + 1):
-            b = a + m - n  # layers a to b - 1 are replaced
-            if a < b:
-                x = torch.cat(inputs[layers[a]])
-                y = torch.cat(outputs[layers[b - 1]])
-                residual = y - x @ torch.linalg.lstsq(x, y).solution
-                unexplained[a, b] = residual.square().sum().item() / y.square().sum().item()
-        a, b = min(unexplained, key=unexplained.get, default=(first, first))
-        kept += [i for i in range(first, first + m) if not a <= i < b]
-    return kept
-
-
-prune.CRITERIA |= dict(
-    distilled=distilled, greedy=greedy, adapted=adapted, halving=halving, shortlist=shortlist, probe=probe, gates=gates)
+prune.CRITERIA |= dict(greedy=greedy, shortlist=shortlist, gates=gates)
 distill.HIDDEN_LOSSES["cosine"] = cosine
 
 if __name__ == "__main__":
+    stage = prune
     if sys.argv[1:2] == ["distill"]:
         del sys.argv[1]
-        run_main(distill.main)
-    else:
-        run_main(prune.main)
+        stage = distill
+    parser = stage.make_parser()
+    parser.description = __doc__
+    run_main(lambda: stage.main(parser=parser))

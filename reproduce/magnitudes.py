@@ -34,6 +34,8 @@ def magnitudes(net):
     return lines
 
 
+if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
+    sys.exit(__doc__)
 net, config = load_model(None, sys.argv[1])
 teacher, _ = load_model(config["parent"])
 for name, network in (("teacher", teacher), ("student", net)):

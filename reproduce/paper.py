@@ -1,4 +1,4 @@
-"""The paper's tables and figures, row by row, with the paper's numbers beside: on the digits, or on ImageNet.
+"""Repeats the paper's tables and figures, with the paper's numbers beside: on the digits, or on ImageNet.
 
     python reproduce/paper.py table5                              # dit-tiny, on a laptop
     python reproduce/paper.py table5 --list                       # how long it may take
@@ -6,9 +6,9 @@
 
 A row is a cut, its recovery, its samples, and their FID. Its folder below --out is named after its flags, so tables
 share what they have in common; what is finished is kept, and the same command goes on after a kill. (Flags given with
---prune, --distill and --sample are not in the names: with others, choose another --out.) The table is written to
---out, too. There are tables 1, 2, 3 (with figure 5), 4, 5, 7, 8 and figures 4 and 14; figure 8 is magnitudes.py.
-Rivals may keep any of the layers, as in the paper.
+--extract, --prune, --distill, --sample are not in the names: with others, choose another --out.) The table is written
+to --out, too. There are tables 1, 2, 3 (with figure 5), 4, 5, 7, 8 and figures 4 and 14; figure 8 is magnitudes.py.
+The other criteria may keep any of the layers, as in the paper.
 """
 import argparse
 import json
@@ -200,11 +200,11 @@ def main():
     add("table", choices=TABLES, metavar="TABLE", help=", ".join(TABLES))
     add("--list", action="store_true", help="print how long it may take, and stop")
     add("--model", default="dit-tiny", choices=MODELS, metavar="NAME", help="default: %(default)s")
-    add("--gpus", type=int, default=1, help="on this machine (default: %(default)s)")
+    add("--gpus", type=int, default=1, help="ranks on this machine, one per GPU (default: %(default)s)")
     add("--latents", default="out/latents", help="default: %(default)s; for MAR: the same with -kl16")
     add("--steps", type=int, help="of each recovery (default: the table's)")
     for flag in ("--extract", "--prune", "--distill", "--sample"):
-        add(flag, default="", metavar="FLAGS", help='more flags: --distill="--seed 1 --accumulate 2"')
+        add(flag, default="", metavar="FLAGS", help=f'more flags of that stage, as in {flag}="--batch-size 64"')
     add("--out", type=Path, default=Path("out/paper"), help="default: %(default)s")
     args = parser.parse_args()
     os.chdir(ROOT)

@@ -398,6 +398,8 @@ def draw_length():
 
 
 def main():
+    if "--help" in sys.argv:
+        sys.exit(__doc__)
     if "--pictures" in sys.argv:
         draw_space().image.save(ROOT / "docs" / "space.png")
         draw_length().image.save(ROOT / "docs" / "length.png")

@@ -49,6 +49,8 @@ def show(cells, paper=()):
             line.append(form.format(facts[key]) if key in facts else facts.get("missing", "-"))
         lines.append(line + numbers)
     titles = [title for title, _ in columns.values()]
+    if all(facts.get("features") == "digits" for _, facts, _ in cells):
+        titles = [title.replace("FID", "FD") for title in titles]  # FID is Inception's alone
     return markdown(["", *titles, *(f"paper's {name}" for name in paper)], lines)
 
 
@@ -65,14 +67,17 @@ def side_by_side(grids, path, side=360):
 
 
 def main():
-    picture, *arguments = sys.argv[1:]
+    picture, *arguments = sys.argv[1:] or ["-h"]
+    if picture.startswith("-"):
+        sys.exit(__doc__)
     cells = []
     grids = []
     for argument in arguments:
         name, folder = argument.split("=")
         facts = facts_of(Path(folder))
         cells.append((name, facts, []))
-        grids.append((f"{name}: {facts['depth']} layers, FID {facts['fid']:.2f}", Path(folder)))
+        distance = "FD" if facts["features"] == "digits" else "FID"
+        grids.append((f"{name}: {facts['depth']} layers, {distance} {facts['fid']:.2f}", Path(folder)))
     print(show(cells))
     side_by_side(grids, picture)
 

@@ -51,7 +51,7 @@ def train_digits(x, y, epochs=12, batch=128):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", required=True)
+    parser.add_argument("--out", required=True, help="the file to write")
     args = parser.parse_args()
     images, labels, _ = read_npz(DIGITS)
     x = DigitNet().preprocess(torch.from_numpy(images[..., None]))  # (N, 1, 32, 32)

@@ -1,6 +1,6 @@
-"""How weights/vae-digits.pt was made: a small KL autoencoder for the bundled digits. Some minutes on two CPU cores.
+"""Trains the small KL autoencoder of the digits, weights/vae-digits.pt. Some minutes on two CPU cores.
 
-    python reproduce/train_vae.py                     # -> weights/vae-digits.pt
+    python reproduce/train_vae.py                     # overwrites weights/vae-digits.pt
     python reproduce/train_vae.py --out vae.pt        # then: python extract_latents.py --ckpt vae.pt
 
 It learns from 9,000 digits. The scale that latents are multiplied by, for a standard deviation of 1, is measured at the
@@ -49,7 +49,7 @@ def train_vae(x, steps, seed=0, lr=2e-3, kl_weight=1e-3):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", default=ROOT / "weights/vae-digits.pt", help="default: %(default)s")
+    parser.add_argument("--out", default=ROOT / "weights/vae-digits.pt", help="a file (default: the bundled one)")
     parser.add_argument("--steps", type=int, default=1500, help="default: %(default)s")
     args = parser.parse_args()
     images, _, _ = read_npz(DIGITS)
@@ -62,9 +62,9 @@ def main():
         std = torch.cat([std for _, std in posteriors])
         latents = mean + std * torch.randn_like(std)
         vae.config["scale"] = round(1 / latents.std().item(), 5)
-    print(f"scale {vae.config['scale']}")
     state = {key: value.half() for key, value in vae.state_dict().items()}
     save_checkpoint(args.out, config=vae.config, model=state)
+    print(f"scale {vae.config['scale']}; wrote {args.out}")
 
 
 if __name__ == "__main__":
