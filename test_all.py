@@ -18,7 +18,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 import tracemalloc
 import zipfile
 import zlib
@@ -134,6 +133,32 @@ def launch(*command, ranks=0):
     command = [sys.executable, *torchrun, *map(str, command)]
     environment = os.environ | dict(OMP_NUM_THREADS="1")
     return subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
+
+
+# A stage that is killed before its third checkpoint or shard has its name.
+KILLED = """
+import os, signal, sys
+sys.path.insert(0, "{root}")
+import torch
+import model, {stage}
+
+torch.set_num_threads(1)
+model.MODELS["mar-tiny"]["shape"]["dropout"] = 0.1
+replace = os.replace
+
+def replace_or_die(source, target):
+    if target.name in ("step-00000003.pt", "00000500.pt"):
+        os.kill(os.getpid(), signal.SIGKILL)
+    replace(source, target)
+
+os.replace = replace_or_die
+{stage}.main()
+"""
+
+
+def launch_killed(stage, *flags):
+    killed = launch("-c", KILLED.format(stage=stage, root=ROOT), *flags)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
 
 
 def user_error(stage, *flags):
@@ -923,17 +948,14 @@ def test_extract_moments_and_mirror_images(tmp_path, digits):
 def test_extract_killed_then_three_ranks_same_bytes(tmp_path):
     images, labels, _ = read_npz(DIGITS)
     np.savez(tmp_path / "d.npz", arr_0=images[:1600], arr_1=labels[:1600])
-    command = [ROOT / "extract_latents.py", "--data", tmp_path / "d.npz", "--device", "cpu", "--out"]
+    flags = ["--data", tmp_path / "d.npz", "--device", "cpu", "--out"]
     whole = tmp_path / "whole"
     out = tmp_path / "killed"
-    assert launch(*command, whole).returncode == 0
-    with subprocess.Popen([sys.executable, *map(str, command), out]) as killed:
-        while killed.poll() is None and len(list(out.glob("shards/*.pt"))) < 2:
-            time.sleep(0.01)
-        killed.kill()
+    run(extract_latents, *flags, whole)
+    launch_killed("extract_latents", *flags, out)
     with pytest.raises(UserError, match="not complete"):
         Latents(out)
-    assert launch(*command, out, ranks=3).returncode == 0
+    assert launch(extract_latents.__file__, *flags, out, ranks=3).returncode == 0
     assert files_of(whole) == files_of(out)
 
 
@@ -1193,55 +1215,29 @@ def silence(block, *halves):
 
 def inputs_of_criteria(latents, out, *flags):
     """What a criterion takes beside the network and its objective."""
-    fixed = f"--out {out} --device cpu --dtype float32 --steps 20 --batch-size 16 --accumulate 2"
-    args = prune.make_parser().parse_args([*fixed.split(), "--save-every=20", "--log-every=1", *flags])
+    fixed = f"--out {out} --device cpu --dtype float32 --steps 20 --batch-size 16 --accumulate 2 --save-every 20"
+    args = prune.make_parser().parse_args([*fixed.split(), *flags])
     prune.start_run(args)
     return Batches(Latents(latents), 16, 2, 0, "cpu"), [(1, 2), (1, 2)], args
 
 
-class Bernoulli(torch.nn.Module):
-    """Another distribution over masks: each layer is kept or not, whatever the others do. To keep one has a price."""
-
-    def __init__(self):
-        super().__init__()
-        self.logits = torch.nn.Parameter(torch.full((4,), 0.001))
-
-    def probability(self):
-        return torch.sigmoid(100 * self.logits)
-
-    def sample(self, rng, tau):
-        p = self.probability()
-        return (rng.uniform(4) < p).float() - p.detach() + p
-
-    def penalty(self):
-        return 0.001 * self.probability().sum()
-
-    def decide(self):
-        assert not self.logits.requires_grad  # but are moving averages
-        return (self.logits > 0).nonzero().flatten().tolist()
-
-    def keep_probability(self):
-        return self.probability().tolist()
-
-
-def bernoulli(net, objective, batches, scheme, args):
-    args.delta_w = "frozen"
-    kept = prune.search(net, objective, batches, Bernoulli(), args)
-    assert log_of(args.out)[0]["penalty"] == pytest.approx(0.001 * 4 * 0.525, rel=1e-3)
-    return kept
-
-
-FINDERS = [prune.learned, bernoulli, prune.block_influence, prune.flux_lite, prune.sensitivity, prune.lowest_loss]
-
-
 @family
-@pytest.mark.parametrize("find", FINDERS)
-def test_planted_dead_layers_are_found(name, find, latents, tmp_path):
+@pytest.mark.parametrize("flags", [
+    "learned",
+    "gates --delta-w frozen",
+    "bi",
+    "flux-lite",
+    "sensitivity",
+    "lowest-loss",
+])
+def test_planted_dead_layers_are_found(name, flags, latents, tmp_path):
+    script("ideas")  # which has the gates
     net = small(name)
     for i in (0, 3):
         silence(net.layers()[i], "attn", "mlp")
-    inputs = inputs_of_criteria(latents, tmp_path)
-    assert find(copy.deepcopy(net), imitation(net), *inputs) == [1, 2]
+    batches, scheme, args = inputs_of_criteria(latents, tmp_path, "--criterion", *flags.split())
+    find = prune.CRITERIA[args.criterion]
+    assert find(copy.deepcopy(net), imitation(net), batches, scheme, args) == [1, 2]
 
 
 def fixed_batch(net, latents):
@@ -1553,12 +1549,10 @@ def test_modes_differ_in_what_they_add(mode, parts, latents, teachers, tmp_path,
     del seen[:-8]  # what was checked before step 0
     first = log_of(tmp_path)[0]
     weights = dict(kd=0.9, diffusion=0.1, rep=0.01) if parts else dict(diffusion=1)
-    (printed,) = re.findall("loss at the start: (.*)", capsys.readouterr().out)
-    for term in printed.split(", "):
-        weight, name, share = re.fullmatch(r"(.+) x (\w+) (\d+) %", term).groups()
-        assert float(weight) == weights.pop(name)
-        assert int(share) == pytest.approx(100 * float(weight) * first[name] / first["loss"], abs=0.51)
-    assert weights.keys() <= {"rep"} - parts
+    printed = capsys.readouterr().out
+    for term in parts | {"diffusion"}:
+        share = 100 * weights[term] * first[term] / first["loss"]
+        assert f"{weights[term]} x {term} {share:.0f} %" in printed
     for step, line in enumerate(log_of(tmp_path)):
         assert parts == {"kd", "rep"} & line.keys()
         loss = line["diffusion"]
@@ -1611,27 +1605,6 @@ def assert_same_checkpoints(path, other):
     assert different == []
 
 
-# A stage that is killed before the checkpoint of step 3 has its name.
-KILLED = """
-import os, signal, sys
-sys.path.insert(0, "{root}")
-import torch
-import model, {stage}
-
-torch.set_num_threads(1)
-model.MODELS["mar-tiny"]["shape"]["dropout"] = 0.1
-replace = os.replace
-
-def replace_or_die(source, target):
-    if target.name == "step-00000003.pt":
-        os.kill(os.getpid(), signal.SIGKILL)
-    replace(source, target)
-
-os.replace = replace_or_die
-{stage}.main()
-"""
-
-
 @pytest.mark.parametrize("stage, name, flags", [
     ("prune", "dit-tiny", "--granularity sublayer --accumulate 2"),
     ("distill", "mar-tiny", "--warmup 3"),
@@ -1642,8 +1615,7 @@ def test_a_killed_run_ends_in_the_same_bits(stage, name, flags, latents, teacher
     flags = [*short_run(stage, name, latents, teachers, tmp_path / "whole"), *flags.split()]
     run(module, *flags)
     flags += ["--out", tmp_path / "killed"]
-    killed = launch("-c", KILLED.format(stage=stage, root=ROOT), *flags)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    launch_killed(stage, *flags)
     run(module, *flags)
     assert_same_checkpoints(tmp_path / "killed" / result, tmp_path / "whole" / result)
     assert_same_checkpoints(tmp_path / "killed/step-00000004.pt", tmp_path / "whole/step-00000004.pt")
@@ -1749,22 +1721,33 @@ prune --scheme 3:5 | fill 4 layers
 prune --layers 0,1 | go together
 prune --criterion indices --layers 0,1 | 2 of the layers 0 to 1
 prune --batch-size 97 | at most 96
-prune --latents nowhere | extract_latents.py
+prune --batch-size 1 --accumulate 2 | at least 2
+prune --latents nowhere | extract_latents.py writes it
+distill --student {0}/shallow.pt | {0}/shallow.pt does not exist; prune.py writes it
 distill --student {0}/junk | cannot be read
 distill --student {0}/plain | add --model
 distill --student {0}/plain --model dit-tiny | add --teacher
 distill --teacher {0}/other | the teacher has classes 5, the student 10
+sample | out/distill/student.pt does not exist; distill.py writes it
+sample --model dit-tiny --temperature 0.9 | --temperature does not apply to dit-tiny
+sample --model dit-tiny --sampler ode-heun | give ddpm or another of its family
+sample --model sit-tiny --steps 1 | give 2 or more
+sample --model dit-tiny --classes 3 10 | give numbers up to 9
+sample --model dit-tiny --export weights.bin | ends in .safetensors or .pt
 """
 
 
 @pytest.mark.parametrize("mistake", MISTAKES.strip().split("\n"))
-def test_mistakes_get_one_sentence(mistake, latents, teachers, tmp_path):
+def test_mistakes_get_one_sentence(mistake, latents, teachers, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "junk").write_text("hello")
     torch.save(small("dit-tiny").state_dict(), tmp_path / "plain")
     torch.save(build_model("dit-tiny", classes=5).state_dict(), tmp_path / "other")
     command, words = mistake.format(tmp_path).split(" | ")
     stage, *flags = command.split()
-    error = user_error(STAGES[stage][0], *short_run(stage, "dit-tiny", latents, teachers, tmp_path / "out"), *flags)
+    if stage in STAGES:
+        flags = [*short_run(stage, "dit-tiny", latents, teachers, tmp_path / "out"), *flags]
+    error = user_error(MODULES[stage], *flags)
     assert words in error and "\n" not in error
 
 
@@ -1890,23 +1873,6 @@ def test_the_grid_has_a_row_per_class():
     grid = np.asarray(sample.make_grid(images, labels))  # doubled: 3 rows of 3 images, white lines of 2 between
     assert grid.shape == (208, 208, 3)
     assert grid[20::68, 30, 0].tolist() == [0, 10, 20] and (grid[68:72] == 255).all()
-
-
-@pytest.mark.parametrize("flags, words", [
-    ("--temperature 0.9", "--temperature does not apply to dit-tiny"),
-    ("--sampler ode-heun", "give ddpm or another of its family"),
-    ("--model sit-tiny --ckpt {sit} --steps 1", "give 2 or more"),
-    ("--classes 3 10", "give numbers up to 9"),
-    ("--export weights.bin", "ends in .safetensors or .pt"),
-])
-def test_sampling_mistakes_get_one_sentence(flags, words, teachers, tmp_path):
-    flags = flags.format(sit=teachers / "sit-tiny.pt").split()
-    assert words in user_error(sample, "--ckpt", teachers / "dit-tiny.pt", "--out", tmp_path, *flags)
-
-
-def test_the_default_is_the_student_of_distill(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert user_error(sample) == "out/distill/student.pt does not exist; distill.py writes it"
 
 
 @family
@@ -2199,31 +2165,20 @@ def test_a_new_family_through_every_stage(latents, monkeypatch, tmp_path):
 # Data, classes and ideas of one's own.
 
 
-def photos_of(folder, classes):
-    for name in classes:
-        (folder / name).mkdir(parents=True)
-        Image.new("RGB", (32, 32), "red").save(folder / name / "a.png")
-        (folder / name / "._a.png").write_text("macOS's shadow of a.png is no image")
-
-
-def labels_of(folder):
-    return np.load(folder / "labels.npy").tolist()
-
-
-def test_a_subset_keeps_its_classes_numbers(tmp_path, capsys):
-    photos_of(tmp_path / "photos", ["n00000007", "n00000009", ".ipynb_checkpoints"])
-    flags = ["--data", tmp_path / "photos", "--device", "cpu"]
-    run(extract_latents, *flags, "--out", tmp_path / "a")
-    assert labels_of(tmp_path / "a") == [0, 1]
-    printed = capsys.readouterr().err
-    assert "--class-list" in printed and ".ipynb_checkpoints is no class" in printed
+def test_a_subset_of_imagenet_keeps_its_classes_numbers(tmp_path, photos, capsys):
+    names = ["n00000007", "n00000009", "n00000011"]
+    for folder, name in zip(["a10", "a9", "b"], names):
+        (photos / folder).rename(photos / name)
+    extract(photos, tmp_path / "a")
+    assert "--class-list" in capsys.readouterr().err
     classes = tmp_path / "classes.txt"
-    classes.write_text("n00000001 tench\nn00000007 cock, the bird\n\nn00000009 hen\n")
-    run(extract_latents, *flags, "--out", tmp_path / "b", "--class-list", classes)
-    assert labels_of(tmp_path / "b") == [1, 2]
-    assert Latents(tmp_path / "b").facts()["classes"] == {1: "n00000007", 2: "n00000009"}
-    (tmp_path / "photos/n00000009").rename(tmp_path / "photos/other")
-    assert "other is not in" in user_error(extract_latents, *flags, "--out", tmp_path / "c", "--class-list", classes)
+    classes.write_text("n00000001 tench\nn00000007 cock, the bird\n\nn00000009 hen\nn00000011\n")
+    extract(photos, tmp_path / "b", "--class-list", classes)
+    latents = Latents(tmp_path / "b")
+    assert latents.labels.tolist() == [1, 1, 2, 3]
+    assert latents.facts()["classes"] == dict(enumerate(names, start=1))
+    (photos / "n00000009").rename(photos / "other")
+    assert "other is not in" in extract_error(photos, tmp_path / "c", "--class-list", classes)
 
 
 def test_the_scale_is_measured_and_goes_to_the_student(tmp_path):
@@ -2237,29 +2192,35 @@ def test_the_scale_is_measured_and_goes_to_the_student(tmp_path):
     assert torch.load(tmp_path / "student.pt", weights_only=True)["config"]["scale"] == latents.scale
 
 
-def test_ideas_of_ones_own(latents, teachers, tmp_path):
+def test_ideas_of_ones_own(latents, tmp_path):
+    """Where no layer does anything, only the penalty moves the gates; their moving averages decide."""
+    def decide(gates):
+        assert not gates.logits.requires_grad
+        return [0, 1, 2]
+
     ideas = script("ideas")
-    flags = f"--latents {latents} --device cpu --batch-size 8 --log-every 1 --out {tmp_path}".split()
+    ideas.Gates.decide = decide
+    net = small("dit-tiny")
+    for layer in net.layers():
+        silence(layer, "attn", "mlp")
+    model.save_checkpoint(tmp_path / "w.pt", model=net.state_dict(), config=dict(name="dit-tiny"))
+    flags = f"--latents {latents} --device cpu --batch-size 8 --log-every 1 --steps 2 --out {tmp_path}".split()
+    gates = [*flags, *f"--criterion gates --scheme 3:4 --accumulate 2 --ckpt {tmp_path}/w.pt".split()]
     parser = prune.make_parser()
     parser.add_argument("--depth-weight", type=float, default=1.0)
-    gates = [*flags, "--criterion", "gates", "--scheme", "2:4", "--steps", "2", "--ckpt", f"{teachers}/dit-tiny.pt"]
     prune.main(gates, parser)
     line = log_of(tmp_path)[0]
-    assert len(line["kept"]) == 2 and 0 <= line["penalty"] < 1
+    assert line["penalty"] == pytest.approx((3 / 4 - 0.5) ** 2)
+    assert line["confidence"] == [0.5225] * 4  # sigmoid(100 x 0.9 x the learning rate)
     with pytest.raises(UserError, match="depth-weight 1.0, not 2.0"):  # a flag of one's own is compared, too
         prune.main([*gates, "--depth-weight", "2"], parser)
 
     h = torch.randn(2, 3, 4)
     near(ideas.cosine(h, -2 * h, None), torch.full((2,), 2.0))
-    student = ["--student", tmp_path / "shallow.pt", "--out", tmp_path / "d"]
-    run(distill, *flags, *student, "--mode", "cosine", "--steps", 1)
+    run(distill, *flags, "--student", tmp_path / "shallow.pt", "--mode", "cosine", "--out", tmp_path / "d")
     assert weights_of(tmp_path / "d/student.pt", "config")["mode"] == "cosine"
 
 
-def test_a_kill_leaves_nothing_behind(latents, teachers, tmp_path):
-    (tmp_path / ".step-00000001.pt.abcd.tmp").write_text("half a checkpoint")
-    run(prune, "--criterion", "random", "--ckpt", teachers / "dit-tiny.pt", "--latents", latents, "--out", tmp_path)
-    assert not list(tmp_path.glob(".*"))
 # ---------------------------------------------------------------------------------------------------------------------
 # The README, docs/ and the house.
 
