@@ -236,30 +236,26 @@ def places(mask):
 
 
 @torch.no_grad()
-def test_forward_of_mar():
-    g = golden("mar_small_forward")
-    net = fill(build_model("mar-tiny", **MAR_GOLDEN, patch=1))
+@pytest.mark.parametrize("name, case, shape", [
+    ("mar-tiny", "mar_small_forward", dict(MAR_GOLDEN, patch=1)),
+    pytest.param("mar-large", "mar_large_forward", {}, marks=slow),
+])
+def test_forward_of_mar(name, case, shape):
+    g = golden(case)
+    net = fill(build_model(name, **shape))
     outputs = layer_outputs(net)
     known = places(g["in.mask"] == 0)
     tokens = net.patchify(g["in.latents"])
     encoder = net.encode(tokens, g["in.y"], known)
     z = net.decode(encoder, known)
+    if name == "mar-large":  # stored are some values
+        near_goldens(g, encoder_slice=encoder[:, ::8, ::16], z_slice=z[:, ::16, ::16])
+        near_goldens(g, 2e-5, net_output=net.diffloss.net(g["in.x_net"], g["in.t_net"], z[0, g["in.rows"]]))
+        return
     net_output = net.diffloss.net(g["in.x_net"], g["in.t"], z.flatten(0, 1))
     near_goldens(g, tokens=tokens, unpatchified=net.unpatchify(tokens), encoder=encoder, z=z, net_output=net_output)
     near_goldens(g, enc_block_0=outputs[0], enc_block_1=outputs[1], dec_block_0=outputs[2], dec_block_1=outputs[3])
     near_goldens(g, encoder_uncond=net.encode(tokens, torch.tensor([10, 10]), known))  # 10: no label
-
-
-@slow
-@torch.no_grad()
-def test_forward_of_mar_large():
-    g = golden("mar_large_forward")
-    net = fill(build_model("mar-large"))
-    known = places(g["in.mask"] == 0)
-    encoder = net.encode(net.patchify(g["in.latents"]), g["in.y"], known)
-    z = net.decode(encoder, known)
-    near_goldens(g, encoder_slice=encoder[:, ::8, ::16], z_slice=z[:, ::16, ::16])
-    near_goldens(g, 2e-5, net_output=net.diffloss.net(g["in.x_net"], g["in.t_net"], z[0, g["in.rows"]]))
 
 
 @pytest.mark.parametrize("name, case, depth", [
@@ -302,8 +298,7 @@ def test_a_token_of_mar_is_a_patch_of_all_channels():
 
 
 @family
-def test_keep_layers(name, tmp_path):
-    """A layer remembers its index in the first network, through every cut and in a file."""
+def test_a_layer_remembers_its_index_in_the_first_network(name):
     net = small(name)
     layers = net.layers()
     for unknown in (-1, 4):
@@ -313,10 +308,7 @@ def test_keep_layers(name, tmp_path):
     net.keep_layers([2, 0])
     assert net.layers() == [layers[1], layers[3]]
     assert net.depths() == ([1, 1] if name == "mar-tiny" else [2])
-    config = dict(name=name, layers=net.kept)
-    model.save_checkpoint(tmp_path / "w.pt", model=net.state_dict(), config=config)
-    loaded, _ = model.load_model(ckpt=tmp_path / "w.pt")
-    assert loaded.original_indices() == [1, 3]
+    assert net.original_indices() == [1, 3]
 
 
 @family
@@ -629,10 +621,8 @@ def test_a_row_s_random_numbers_do_not_depend_on_who_draws_them(draw, mean, std)
     assert not torch.equal(rows((7, 2), 0, 5000), whole)
 
 
-def test_seeds_never_change_and_do_not_depend_on_the_rank():
+def test_seeds_never_change():
     assert make_seed(0, 1) == 2918264622725855778
-    draws = [RowGenerator((7,), start, 16, 16).shared.random() for start in (0, 5)]
-    assert draws[0] == draws[1]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -745,9 +735,7 @@ def manifest_vae(name):
 def digits(tmp_path, monkeypatch):
     """60 digits as an .npz, which are encoded in shards of 20."""
     monkeypatch.setitem(VAES["digits"], "shard", 20)
-    images, labels, _ = read_npz(DIGITS)
-    np.savez(tmp_path / "digits.npz", arr_0=images[:60], arr_1=labels[:60])
-    return tmp_path / "digits.npz"
+    return write_digits(tmp_path / "digits.npz", 0, 60)
 
 
 def extract(data, out, *flags):
@@ -857,14 +845,15 @@ def photos(tmp_path):
     """A folder of three classes, with two files that are damaged, and with what systems leave in folders."""
     data = tmp_path / "data"
     images, _, _ = read_npz(DIGITS)
-    order = ("a10/1.png", "a10/2.PNG", "a10/sub/0.png", "a9/x.png", "b/y.png", "b/z.png")  # ImageFolder's
+    order = ("n00000007/10.png", "n00000007/9.PNG", "n00000007/sub/0.png", "n00000008/x.png", "n00000010/y.png",
+             "n00000010/z.png")  # ImageFolder's
     for k, name in enumerate(order):
         (data / name).parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(images[k]).save(data / name)
-    os.truncate(data / "b" / "y.png", 120)
-    (data / "a10" / "2.PNG").write_text("a page of HTML")
-    (data / "b" / "notes.txt").write_text("not an image")
-    (data / "b" / "._z.png").write_text("of macOS")
+    os.truncate(data / "n00000010/y.png", 120)
+    (data / "n00000007/9.PNG").write_text("a page of HTML")
+    (data / "n00000010/notes.txt").write_text("not an image")
+    (data / "n00000010/._z.png").write_text("of macOS")
     (data / ".cache").mkdir()
     return data
 
@@ -872,10 +861,10 @@ def photos(tmp_path):
 def test_extract_folder_order_and_unreadable_images(tmp_path, photos, capsys):
     extract(photos, tmp_path / "out")
     printed = capsys.readouterr()
-    assert "latents of 4 images of 3 classes" in printed.out and ".cache" in printed.err
+    assert "latents of 4 images of 3 classes" in printed.out
+    assert ".cache is no class" in printed.err and "--class-list" in printed.err
     latents = Latents(tmp_path / "out")
-    assert latents.meta["classes"] == ["a10", "a9", "b"]
-    for problem, name in zip(latents.meta["skipped"], ("2.PNG", "y.png"), strict=True):
+    for problem, name in zip(latents.meta["skipped"], ("9.PNG", "y.png"), strict=True):
         assert f"{name}: " in problem and problem in printed.err
     assert np.load(tmp_path / "out" / "labels.npy").tolist() == [0, -1, 0, 1, -1, 2]
     assert latents.labels.tolist() == [0, 0, 1, 2]
@@ -890,7 +879,7 @@ def test_extract_folder_mistakes(tmp_path, photos):
     assert "no class folders" in extract_error(photos / "empty", tmp_path / "out")
     (photos / "empty").rmdir()
     for k in range(12):  # as if the disk went away, rather than a few bad files
-        (photos / "a10" / f"bad{k}.png").write_text("")
+        (photos / f"n00000007/bad{k}.png").write_text("")
     assert "14 of 18 images" in extract_error(photos, tmp_path / "out")
     assert not list(tmp_path.glob("out/shards/*"))
 
@@ -921,9 +910,7 @@ def test_extract_moments_and_mirror_images(tmp_path, digits):
 
 
 def test_extract_killed_then_three_ranks_same_bytes(tmp_path):
-    images, labels, _ = read_npz(DIGITS)
-    np.savez(tmp_path / "d.npz", arr_0=images[:1600], arr_1=labels[:1600])
-    flags = ["--data", tmp_path / "d.npz", "--device", "cpu", "--out"]
+    flags = ["--data", write_digits(tmp_path / "d.npz", 0, 1600), "--device", "cpu", "--out"]
     whole = tmp_path / "whole"
     out = tmp_path / "killed"
     run(extract_latents, *flags, whole)
@@ -1378,12 +1365,10 @@ def test_the_learning_rate_falls_on_a_cosine_after_a_warm_up():
 def test_the_moving_average_forgets_faster_at_first():
     average = torch.nn.Linear(1, 1)
     net = torch.nn.Linear(1, 1)
-    want = average.weight.item()
     for step, decay in ((0, 1 / 10), (1, 2 / 11), (90, 0.9)):
-        torch.nn.init.normal_(net.weight)
+        want = decay * average.weight + (1 - decay) * net.weight
         prune.ema_update(average, net, 0.9, step)
-        want = decay * want + (1 - decay) * net.weight.item()
-    assert average.weight.item() == pytest.approx(want)
+        near(average.weight, want)
 
 
 def test_a_step_clips_the_gradient_to_norm_1_and_decays_no_weight():
@@ -1741,18 +1726,15 @@ def test_image_i_is_the_same_in_any_batch_and_in_a_notebook(name, teachers, tmp_
         assert not same_images(images[20:], drawn(temperature=0.5))
 
 
-SAMPLERS_OF = {
-    "dit-tiny": ["ddpm", "ddim"],
-    "sit-tiny": ["sde-euler", "sde-heun", "ode-euler", "ode-heun", "ode-dopri5"],
-    "mar-tiny": ["mar"],
-}
-
-
-@family
+@pytest.mark.parametrize("name, samplers", [
+    ("dit-tiny", ["ddpm", "ddim"]),
+    ("sit-tiny", ["sde-euler", "sde-heun", "ode-euler", "ode-heun", "ode-dopri5"]),
+    ("mar-tiny", ["mar"]),
+])
 @torch.inference_mode()
-def test_guidance_one_is_the_conditional_network_and_more_is_not(name):
+def test_guidance_one_is_the_conditional_network_and_more_is_not(name, samplers):
     net = small(name)
-    for sampler in SAMPLERS_OF[name]:
+    for sampler in samplers:
         latents = []
         for scale in (1.0, 1.0 + 1e-7, 3.0):
             settings = model.MODELS[name]["sampling"] | dict(sampler=sampler, steps=4, guidance=scale)
@@ -1762,8 +1744,7 @@ def test_guidance_one_is_the_conditional_network_and_more_is_not(name):
         assert 0.01 < (latents[2] - latents[0]).abs().max() < 1000
 
 
-def test_samplers_and_models_fit():
-    assert sum(SAMPLERS_OF.values(), []) == list(sample.SAMPLERS)
+def test_samplers_take_the_settings_of_each_model():
     for entry in model.MODELS.values():
         takes = inspect.signature(sample.SAMPLERS[entry["sampling"]["sampler"]]).parameters.keys()
         if "sde" in takes:
@@ -2123,20 +2104,15 @@ def test_a_new_family_through_every_stage(latents, monkeypatch, tmp_path):
 # Data, classes and ideas of one's own.
 
 
-def test_a_subset_of_imagenet_keeps_its_classes_numbers(tmp_path, photos, capsys):
-    names = ["n00000007", "n00000009", "n00000011"]
-    for folder, name in zip(["a10", "a9", "b"], names):
-        (photos / folder).rename(photos / name)
-    extract(photos, tmp_path / "a")
-    assert "--class-list" in capsys.readouterr().err
+def test_a_subset_of_imagenet_keeps_its_classes_numbers(tmp_path, photos):
     classes = tmp_path / "classes.txt"
-    classes.write_text("n00000001 tench\nn00000007 cock, the bird\n\nn00000009 hen\nn00000011\n")
-    extract(photos, tmp_path / "b", "--class-list", classes)
-    latents = Latents(tmp_path / "b")
+    classes.write_text("n00000001 tench\nn00000007 cock, the bird\n\nn00000008 hen\nn00000010\n")
+    extract(photos, tmp_path / "out", "--class-list", classes)
+    latents = Latents(tmp_path / "out")
     assert latents.labels.tolist() == [1, 1, 2, 3]
-    assert latents.facts()["classes"] == dict(enumerate(names, start=1))
-    (photos / "n00000009").rename(photos / "other")
-    assert "other is not in" in extract_error(photos, tmp_path / "c", "--class-list", classes)
+    assert latents.facts()["classes"] == {1: "n00000007", 2: "n00000008", 3: "n00000010"}
+    (photos / "n00000008").rename(photos / "other")
+    assert "other is not in" in extract_error(photos, tmp_path / "out", "--class-list", classes)
 
 
 def test_the_scale_is_measured_and_goes_to_the_student(tmp_path):
@@ -2147,7 +2123,7 @@ def test_the_scale_is_measured_and_goes_to_the_student(tmp_path):
     assert abs(x.std() - 1) < 0.02
     flags = f"--mode scratch --steps 1 --batch-size 4 --device cpu --latents {tmp_path}/latents --out {tmp_path}"
     run(distill, *flags.split())
-    assert torch.load(tmp_path / "student.pt", weights_only=True)["config"]["scale"] == latents.scale
+    assert weights_of(tmp_path / "student.pt", "config")["scale"] == latents.scale
 
 
 def test_ideas_of_ones_own(latents, tmp_path, monkeypatch):
@@ -2227,18 +2203,19 @@ def test_what_a_page_names_exists(page):
 
 
 def test_the_code_in_the_readme_is_the_code_that_runs(latents, tmp_path, monkeypatch):
-    blocks = re.findall(r"```python\n(.*?)```", README, re.S)
-    lesson = "\n".join(line.strip() for line in (ROOT / "prune.py").read_text().splitlines())
-    own = [block for block in blocks if "import" in block]
-    for block in blocks:
-        if block not in own:
-            assert "\n".join(line.strip() for line in block.strip().splitlines()) in lesson, block
+    lesson = re.sub("\n +", "\n", (ROOT / "prune.py").read_text())
+    own = []
+    for block in re.findall(r"```python\n *(.*?)```", README, re.S):
+        if "import" in block:
+            own.append(block)
+        else:
+            assert re.sub("\n +", "\n", block) in lesson
     criterion, notebook = own
 
     monkeypatch.setattr(prune, "CRITERIA", dict(prune.CRITERIA))
     monkeypatch.setattr(sys, "argv", ["my_idea.py", *f"--criterion size --latents {latents} --out {tmp_path}".split()])
     exec(criterion, {})
-    kept = torch.load(tmp_path / "shallow.pt", weights_only=True)["config"]["kept"]
+    kept = weights_of(tmp_path / "shallow.pt", "config")["kept"]
     net, _ = model.load_model("dit-tiny")
     size = [sum(p.square().sum().item() for p in layer.parameters()) for layer in net.layers()]
     assert kept == [max((i, i + 1), key=size.__getitem__) for i in range(0, 12, 2)]
