@@ -718,6 +718,8 @@ def test_dopri5_reaches_its_tolerance():
 def test_dopri5_of_a_network_that_diverged_is_one_sentence():
     with pytest.raises(UserError, match="t = 0.000 is not finite"):
         sample.integrate_ode(lambda x, t: x * np.nan, torch.ones(2, 1), 2, "dopri5")
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # extract_latents.py
 
@@ -1246,7 +1248,7 @@ def test_lowest_loss_tries_all_cuts_or_random_ones(candidates, cuts, latents, tm
 def test_random_layers_follow_the_seed():
     args = [argparse.Namespace(seed=seed) for seed in (0, 0, 1)]
     cuts = [prune.random_layers(None, None, None, [(7, 14)], arg) for arg in args]
-    assert cuts[0] == cuts[1] != cuts[2] and len(set(cuts[0])) == 7
+    assert cuts[0] == cuts[1] != cuts[2]
 
 
 def test_what_a_criterion_returns_is_checked():
@@ -1390,29 +1392,37 @@ def recovery_args(out, steps):
     return args
 
 
+def recover(student, teacher, batch, out, steps):
+    """The log of a recovery in which the batch stays the same."""
+    def make_batch(x, y, rng):
+        return batch
+
+    objective = student.objective()
+    objective.make_batch = make_batch
+    average = copy.deepcopy(student)
+    args = recovery_args(out, steps)
+    distill.recover(student, average, teacher, objective, lambda *_: [None] * 3, [(0, 1), (1, 3)], args, {})
+    return log_of(out)
+
+
 @pytest.mark.parametrize("prefix", ["", "drop_"])
-def test_the_masked_loss_and_its_gradients_are_the_releases(prefix, tmp_path, monkeypatch):
+def test_the_masked_loss_and_its_gradients_are_the_releases(prefix, tmp_path):
     """Eq. 8 for a student of depth 2 and a teacher of depth 4; in the drop_ case both lose the same labels."""
     g = golden("masked_kd_loss")
     student = fill(build_model("dit-tiny", 2, **DIT_GOLDEN))
     teacher = build_model("dit-tiny", 4, **DIT_GOLDEN)
     fill(torch.nn.ModuleDict(dict(teacher=teacher)))  # by the names of the reference run,
     teacher.pos_embed = student.pos_embed  # but for the fixed table
-    objective = student.objective()
-    batch = {key: g[f"in.{name}"] for key, name in dict(x_start="x_start", eps="noise", t="t", y="y").items()}
-    batch["x_t"] = objective.diffusion.q_sample(batch["x_start"], batch["t"], batch["eps"])
+    batch = dict(x_start=g["in.x_start"], eps=g["in.noise"], t=g["in.t"], y=g["in.y"])
+    batch["x_t"] = model.GaussianDiffusion().q_sample(batch["x_start"], batch["t"], batch["eps"])
     if prefix:
         batch["y"] = torch.where(g["in.rand_values"] < 0.1, 10, batch["y"])
-    monkeypatch.setattr(objective, "make_batch", lambda *_: batch)
     norms = {}
     for name, p in student.named_parameters():
         p.register_post_accumulate_grad_hook(lambda p, name=name: norms.update({name: p.grad.norm()}))
     bias = student.final_layer.linear.bias
     before = bias.detach().clone()
-    args = recovery_args(tmp_path, 1)
-    average = copy.deepcopy(student)
-    distill.recover(student, average, teacher, objective, lambda *_: [None] * 3, [(0, 1), (1, 3)], args, {})
-    (line,) = log_of(tmp_path)
+    (line,) = recover(student, teacher, batch, tmp_path, steps=1)
     for ours, release in dict(kd="kd_loss", diffusion="gt", rep="feat_loss", loss="loss").items():
         near(line[ours], g[f"out.{prefix}{release}"].mean(), 5e-5)
     names = ("x_embedder.proj.weight", "blocks.0.attn.qkv.weight", "final_layer.linear.weight",
@@ -1438,19 +1448,10 @@ def test_the_weight_of_hidden_states_follows_their_size(latents):
 
 @family
 def test_recovery_lowers_the_loss(name, tmp_path):
-    """...of a batch that stays the same."""
     teacher = small(name)
     student = small(name)
     student.keep_layers([0, 2])
-    average = copy.deepcopy(student)
-
-    def batches(step, part):
-        rng = RowGenerator((1,), 0, 4, 4)
-        return rng.normal(4, 8, 8), torch.arange(4), rng
-
-    args = recovery_args(tmp_path, 20)
-    distill.recover(student, average, teacher, student.objective(), batches, [(0, 1), (1, 3)], args, {})
-    lines = log_of(tmp_path)
+    lines = recover(student, teacher, some_batch(teacher), tmp_path, steps=20)
     assert lines[-1]["loss"] < 0.95 * lines[0]["loss"]
 
 
@@ -1866,25 +1867,24 @@ def test_fid_inception_manifest():
     assert digest == "98efe1f44183bf67247de946366958822c514b904f110b4f1381639ff56d9203"
 
 
-def test_fid_resize_is_tensorflow_1():
-    x = fid.Inception().preprocess(torch.from_numpy(inception_images(202, 64, 8))).numpy()
-    assert np.array_equal(x[:, :, 145:153, 145:153], GOLDENS["inception_amp_64/resized_crop"])
-    assert np.array_equal(x[:, :, 0], GOLDENS["inception_amp_64/resized_row0"])
-    assert np.array_equal(x[..., 298], GOLDENS["inception_amp_64/resized_last_col"])
-
-
 @pytest.mark.parametrize("case, seed, size, cell", [
     ("inception_amp_64", 202, 64, 8),
     ("inception_amp_299", 203, 299, 23)])
+@torch.no_grad()
 def test_fid_inception_goldens(inception_file, case, seed, size, cell):
+    """...resized as in TensorFlow 1."""
     net = fid.load_network("inception", inception_file)
     assert not hasattr(net.Mixed_7c.branch_pool.bn, "weight")  # folded
-    with torch.no_grad():
-        outs = net(torch.from_numpy(inception_images(seed, size, cell)))
-    for name, got in zip(("pool3", "spatial_nhwc", "softmax_unbiased"), outs):
+    images = torch.from_numpy(inception_images(seed, size, cell))
+    for name, got in zip(("pool3", "spatial_nhwc", "softmax_unbiased"), net(images)):
         if f"{case}/{name}" in GOLDENS:
             want = GOLDENS[f"{case}/{name}"]
             assert np.abs(got.numpy() - want).max() <= 1e-5 * np.abs(want).max()
+    if size == 64:
+        x = net.preprocess(images).numpy()
+        assert np.array_equal(x[:, :, 145:153, 145:153], GOLDENS[f"{case}/resized_crop"])
+        assert np.array_equal(x[:, :, 0], GOLDENS[f"{case}/resized_row0"])
+        assert np.array_equal(x[..., 298], GOLDENS[f"{case}/resized_last_col"])
 
 
 def test_fid_frechet_goldens():
@@ -1903,7 +1903,6 @@ def test_fid_inception_score_goldens():
         assert fid.inception_score(probs, split) == pytest.approx(want, rel=1e-6)
     two_splits = torch.eye(10)[[*range(10)] * 500 + [0] * 7]  # 0 log 0 = 0; the short split scores 1
     assert fid.inception_score(two_splits) == pytest.approx((10 + 1) / 2)
-
 
 
 def test_fid_precision_recall_goldens():
@@ -2100,6 +2099,8 @@ def test_a_new_family_through_every_stage(latents, monkeypatch, tmp_path):
 
     monkeypatch.setitem(model.MODELS["uvit-tiny"], "family", ByPosition)
     assert "another network when it is cut" in user_error(uvit, "prune", "--ckpt", "teacher/student.pt", *training)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Data, classes and ideas of one's own.
 
@@ -2217,7 +2218,9 @@ def test_the_code_in_the_readme_is_the_code_that_runs(latents, tmp_path, monkeyp
     exec(criterion, {})
     kept = weights_of(tmp_path / "shallow.pt", "config")["kept"]
     net, _ = model.load_model("dit-tiny")
-    size = [sum(p.square().sum().item() for p in layer.parameters()) for layer in net.layers()]
+    size = []
+    for layer in net.layers():
+        size.append(sum(p.square().sum().item() for p in layer.parameters()))
     assert kept == [max((i, i + 1), key=size.__getitem__) for i in range(0, 12, 2)]
 
     monkeypatch.chdir(tmp_path)
