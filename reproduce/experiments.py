@@ -26,7 +26,7 @@ import ideas  # noqa: F401  it adds its criteria to those of prune.py
 from benchmark import in_turn
 from engine import ROOT, Step, slug
 from model import RowGenerator, load_model
-from report import FREE, FRONT, LEARNED, PAPER_BETA, RESULTS, of_shortlist, stored
+from report import FREE, FRONT, PAPER_BETA, RESULTS, of_shortlist, stored
 from table import facts_of
 
 OUT = Path("out/experiments")
@@ -34,8 +34,8 @@ LATENTS = Path("out/latents")
 
 FIELDS = {  # what identifies a cell of each kind, and the row that it becomes
     "losses": "model trained teacher_seed scheme",
-    "choice": "model trained teacher_seed granularity parent criterion scheme delta_w search_steps seed",
-    "recovery": "model trained teacher_seed granularity parent kept teacher mode steps lr sigma beta seed",
+    "choice": "model trained teacher_seed granularity criterion scheme delta_w search_steps seed",
+    "recovery": "model trained teacher_seed granularity kept mode steps beta seed",
     "teacher": "model trained teacher_seed",
     "speed": "model granularity kept",
 }
@@ -44,8 +44,8 @@ ABOUT = {
               "of another seed); trained: of a teacher of so few steps",
     "choice": "seed: of the search, whose recipe is 250 steps of 64; loss: right after the cut; seconds: of the "
               "choice, on a shared machine; draws: the choice was made on losses of so many draws of another seed",
-    "recovery": "seed: of the recovery, batch 64, lr 1e-3, EMA 0.999; parent: the layers of a half, recovered for 800 "
-                "steps, that was cut again; teacher: whole or half; fd: Fréchet distance of 500 samples, seed 0, "
+    "recovery": "seed: of the recovery, batch 64, lr 1e-3, EMA 0.999; beta: of L_Rep, else by the rule of distill.py; "
+                "fd: Fréchet distance of 500 samples, seed 0, "
                 "on the digit classifier's features (DiT: ddim, 20 steps, guidance 1.5; SiT: ode-euler, 20 grid "
                 "points; MAR: 8 rounds, guidance 3); right: share read as the digit asked for; at: fd of earlier "
                 "steps of the same run; seconds: of the recovery, on a shared machine",
@@ -136,7 +136,6 @@ recovery model=dit-tiny kept=lowest,median steps=25,400,800 seed=0 beta=paper
 recovery model=dit-tiny kept=learned steps=100 seed=0,1,2 mode=finetune,logits-kd,rep-kd,masked-kd beta=paper
 recovery model=dit-tiny kept=learned steps=800 seed=0 at=200 mode=finetune,logits-kd,rep-kd,masked-kd beta=paper
 recovery model=dit-tiny,sit-tiny,mar-tiny kept=front steps=100 seed=0 granularity=sublayer beta=paper
-recovery model=dit-tiny kept=quarter-of-half steps=800 seed=0 parent=learned teacher=whole,half beta=paper    # table 7
 recovery model=dit-tiny kept=lowest,learned,worst steps=1600 seed=0 beta=paper
 
 speed model=dit-tiny kept=depths                                                     # figure 4
@@ -145,7 +144,7 @@ speed model=dit-tiny,sit-tiny,mar-tiny kept=front granularity=sublayer
 """
 # Cuts of dit-tiny. learned: by the search at 1:2. lowest, median: in the loss, of all 924 cuts to 6. worst: of 1:2,
 # after 100 steps. panel: of 1:2, spread over the ranks of their distances after 100 steps. spread: of all, spread over
-# the ranks of their losses. quarter, quarter-of-half: learned at 1:4, and at 1:2 of the recovered half.
+# the ranks of their losses.
 NAMED_CUTS = """
 learned: 0 2 4 7 8 11
 lowest: 0 1 2 3 4 7
@@ -155,8 +154,6 @@ panel: 1 2 4 7 9 11, 0 3 4 6 8 11, 0 3 5 7 8 11, 1 3 5 7 8 11, 1 2 5 7 8 11, 0 2
 panel-ends: 1 2 5 6 9 10, 0 2 4 7 8 11
 spread: 0 1 2 3 4 7, 0 1 4 7 9 11, 0 1 3 6 7 10, 0 1 5 6 7 9, 1 2 3 5 7 11, 1 3 4 6 7 11, 0 2 5 6 8 11, 1 3 4 7 9 10
 spread-more: 0 2 4 7 9 10, 0 2 5 6 7 9, 0 4 5 9 10 11, 2 3 8 9 10 11, 3 5 6 7 9 11, 2 4 6 8 9 10, 4 5 6 7 8 10
-quarter: 0 4 11
-quarter-of-half: 0 2 5
 learned-sit: 0 2 4 7 9 10
 learned-mar: 0 2 5 6 8 10
 depths: 0 1 2 3 4 5 6 7 8 9 10 11, 0 1 2 3 4 5 6 7 8, 0 1 2 3 4 5, 0 1 2 3, 0 1 2, 0 1, 0
@@ -190,8 +187,6 @@ def spelled_out(row, rows):
             row.pop("beta", None)
     if row.get("scheme") == "free":
         row["scheme"] = FREE[row["model"]]
-    if "parent" in row:
-        row["parent"] = CUTS[row["parent"]][0]
     kept = row.get("kept")
     if kept is None:
         return [row]
@@ -222,7 +217,7 @@ def number(text):
 
 def source_of(row):
     """Which network is cut, and into what, where it isn't the bundled one into blocks."""
-    return {k: row[k] for k in ("trained", "teacher_seed", "granularity", "parent") if k in row}
+    return {key: row[key] for key in ("trained", "teacher_seed", "granularity") if key in row}
 
 
 def name(row):
@@ -261,15 +256,6 @@ def steps_of(row, work):
     if "trained" in row or "teacher_seed" in row:
         steps.append(teacher(row))
         source = f"--ckpt {steps[-1].folder}/student.pt"
-    teachers = dict(whole=source.split()[1])
-    if "parent" in row or row.get("teacher") == "half":
-        half = dict(kind="recovery", model=model, kept=row.get("parent", LEARNED), mode="masked-kd", steps=800, seed=0)
-        half["beta"] = PAPER_BETA[model]
-        steps += steps_of(half, OUT / "half")
-        teachers["half"] = folders(steps, "distill")[-1] / "student.pt"
-    if "parent" in row:
-        source = f"--ckpt {teachers['half']}"
-
     if row["kind"] == "teacher":
         return steps + engine.way(model, work, source, "", "", [SAMPLING[model]], MORE)
     recovery = ""
@@ -281,14 +267,12 @@ def steps_of(row, work):
     cut += options(row, delta_w="--delta-w", granularity="--granularity", search_steps="--steps")
     if row["kind"] == "recovery":
         recovery = f"--mode {row['mode']} --steps {row['steps']} --seed {row['seed']}"
-        recovery += options(row, lr="--lr", sigma="--mask-sigma", beta="--beta")
+        recovery += options(row, beta="--beta")
         samplings = [SAMPLING[model]]
         for step in measured_steps(row):
             samplings.append(f"{SAMPLING[model]} --ckpt STUDENT/step-{step:08}.pt")
     if "at" in row:
         recovery += f" --save-every {row['at']} --keep 9"
-    if "teacher" in row:
-        recovery += f" --teacher {teachers[row['teacher']]}"
     return steps + engine.way(model, work, source, cut, recovery, samplings, MORE)
 
 
@@ -305,8 +289,6 @@ def scheme_of(row):
     """Keep so many of any layers of a list: MAR has two lists."""
     lists = 2 if row["model"] == "mar-tiny" else 1
     layers = 24 if "granularity" in row else 12
-    if "parent" in row:
-        layers //= 2
     return f"{len(row['kept'].split()) // lists}:{layers // lists}"
 
 

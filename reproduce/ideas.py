@@ -24,9 +24,8 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import distill
 import prune
-from model import make_seed, run_main
-from prune import (
-    GroupMasks, MaskedLayer, adamw, calibration_batches, calibration_loss, groups_of, losses_of_cuts, set_masks)
+from model import run_main
+from prune import adamw, calibration_batches, calibration_loss, groups_of, losses_of_cuts
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Another loss for the paper's search.
@@ -116,15 +115,14 @@ def greedy(net, objective, batches, scheme, args):
     return kept
 
 
-def train(net, objective, batches, steps, optimizer, args, prepare=lambda rng: None):
-    """A few steps on the objective's loss. prepare(rng): what is to be done before each."""
+def train(net, objective, batches, steps, optimizer, args):
+    """A few steps on the objective's loss."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     wait_for_gradients = prune.sum_gradients_over_ranks(parameters, args.accumulate)
     for step in steps:
         for part in range(args.accumulate):
             x, y, rng = batches(step, part)
             batch = objective.make_batch(x, y, rng)
-            prepare(rng)
             loss = objective.loss(objective.predict(net, batch), batch).sum() / args.batch_size
             loss.backward()
         wait_for_gradients()

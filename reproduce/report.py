@@ -35,7 +35,7 @@ FRONT = ("learned", "sensitivity", "lowest-loss", "shortlist", "bi", "random")  
 LEARNED = "0 2 4 7 8 11"  # what the search keeps of dit-tiny at 1:2
 LEARNED_BY = {"dit-tiny": LEARNED, "sit-tiny": "0 2 4 7 9 10", "mar-tiny": "0 2 5 6 8 10"}
 PAPER_BETA = {"dit-tiny": 0.01, "sit-tiny": 2e-4, "mar-tiny": 0.01}
-USUAL = dict.fromkeys("trained teacher_seed granularity parent teacher lr sigma beta delta_w search_steps".split())
+USUAL = dict.fromkeys("trained teacher_seed granularity beta delta_w search_steps".split())
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Questions to docs/results.
@@ -317,23 +317,7 @@ def halves():
     return lines
 
 
-def criteria():
-    """Every choice at 12 -> 6. The distances are after 100 steps."""
-    lines = [["network", "criterion", "scheme", "seeds", "keeps", "loss", "FD", "FD, the paper's b"]]
-    for model in FREE:
-        seeds = {}
-        for row in rows("choice", model):
-            if len(row["kept"].split()) == 6:
-                key = (row["scheme"], row["criterion"], row["kept"], row["loss"])
-                seeds.setdefault(key, []).append(str(row["seed"]))
-        for (scheme, criterion, kept, loss), found in sorted(seeds.items()):
-            by_rule = spread(recovered(kept, model=model))
-            by_paper = spread(recovered(kept, model=model, beta=PAPER_BETA[model]))
-            lines.append([model, criterion, scheme, ", ".join(found), kept, f"{loss:.3f}", by_rule, by_paper])
-    return lines
-
-
-ALL = (front, shortlists, weights, modes, searched, longer, space, predictions, searches, halves, criteria)
+ALL = (front, shortlists, weights, modes, searched, longer, space, predictions, searches, halves)
 TABLES = {function.__name__: function for function in ALL}
 
 
