@@ -351,16 +351,18 @@ def draw_space():
     loss = losses()
     grid = one_of_each(loss)
     found = distances(loss)
-    title = "dit-tiny, 12 layers -> 6: what becomes of a cut in 100 steps of recovery"
+    title = "dit-tiny, 12 layers -> 6: FD after 100 steps of recovery (b = 0.01)"
     x_name = "loss right after the cut (both axes logarithmic)"
-    chart = Chart(title, x_name, "Frechet distance", [0.15, 0.2, 0.5, 1, 2], [0.8, 1, 2, 5, 10, 12])
-    colours = dict(zip(("4 11", "not 1:2", "4 10", "5 11", "5 10"), COLOURS))
+    chart = Chart(title, x_name, "FD", [0.15, 0.2, 0.5, 1, 2], [0.8, 1, 2, 5, 10, 12])
+    colours = dict(zip(("keeps 4 11", "outside 1:2", "keeps 4 10", "keeps 5 11", "keeps 5 10"), COLOURS))
     for kept, distance in found.items():
         pair = " ".join(layer for layer in kept.split() if layer in ("4", "5", "10", "11"))
-        chart.dot(loss[kept], distance, colours[pair if kept in grid else "not 1:2"])
-    names = {LEARNED: "learned, 1:2", lowest(grid): "lowest loss of 1:2", lowest(loss): "lowest loss of all 924"}
-    for i, (kept, what) in enumerate(names.items()):
-        chart.dot(loss[kept], found[kept], "black", what, below=30 - 15 * i)
+        chart.dot(loss[kept], distance, colours[f"keeps {pair}" if kept in grid else "outside 1:2"])
+    for kept, what, below in (
+            (LEARNED, "learned, 1:2", 12),
+            (lowest(grid), "lowest loss of 1:2", 36),
+            (lowest(loss), "lowest loss of all 924", 0)):
+        chart.dot(loss[kept], found[kept], "black", what, below)
     chart.legend(colours, x=130)
     return chart
 
@@ -376,9 +378,9 @@ def draw_length():
         for steps in lengths:
             for fd in recovered(kept, steps, seed=0, beta=0.01):
                 curves.setdefault(f"{what}: {kept}", []).append((steps, fd))
-    title = "dit-tiny, 12 layers -> 6: what a longer recovery makes of a cut"
+    title = "dit-tiny, 12 layers -> 6: FD after recoveries of different length (b = 0.01)"
     x_name = "steps of recovery, each dot a run of its own (both axes logarithmic)"
-    return draw_curves(title, x_name, "Frechet distance", lengths, [0.5, 1, 2, 5, 10, 20], curves)
+    return draw_curves(title, x_name, "FD", lengths, [0.5, 1, 2, 5, 10, 20], curves)
 
 
 def main():
