@@ -16,8 +16,9 @@ with one logit each. Every sample of the batch draws a candidate by Gumbel-softm
 gradients. A cheap dW (LoRA) stands for the fine-tuning to come. In the end each group keeps its likeliest candidate,
 dW is thrown away, and the kept layers are saved with their original weights.
 
-Other criteria, to compare: bi, flux-lite and sensitivity score single layers; lowest-loss tries whole cuts; oracle
-spreads the kept layers evenly and ignores the groups; random draws a cut; indices takes --layers.
+Other criteria, to compare: bi, flux-lite and sensitivity score single layers; lowest-loss tries whole cuts; shortlist
+recovers 24 likely cuts for a moment; oracle spreads the kept layers evenly and ignores the groups; random draws a cut;
+indices takes --layers.
 
 Writes to --out: shallow.pt, decision.png (the search over time), log.jsonl, and step-*.pt to resume from.
 
@@ -455,6 +456,61 @@ def random_cut(scheme, rng):
     return kept
 
 
+def shortlist(net, objective, batches, scheme, args, count=24, steps=20):
+    """Ours, not the paper's: recovers some likely cuts for a moment, and keeps the one that has the least loss then.
+
+    Right after a cut, the loss says little about how well the cut will recover. After 20 steps it says a lot. The cuts
+    are those with the largest product of sensitivities. docs/evidence.md compares it with the search."""
+    fixed = calibration_batches(objective, batches)
+    rises = leave_one_out(net, objective, fixed, args.dtype)
+    cuts = most_sensitive_cuts(rises, scheme, count)
+    progress = Progress("short recoveries", len(cuts), "cuts")
+    losses = []
+    for kept in cuts:
+        student = copy.deepcopy(net)
+        student.keep_layers(kept)
+        recover_briefly(student, net, objective, batches, args, steps)
+        losses.append(calibration_loss(student, objective, fixed, args.dtype))
+        progress.update(len(losses))
+    append_log(args, step=0, cuts=cuts, losses=losses)
+    return cuts[np.nanargmin(losses)]
+
+
+def most_sensitive_cuts(rises, scheme, count):
+    """The cuts whose layers have the largest product of rises of the loss, the largest first."""
+    # A layer without which the loss is not a number counts most; one that does not help, hardly at all.
+    scores = np.log(np.clip(np.nan_to_num(rises, nan=1e9), 1e-12, None))
+    cuts = [[]]
+    for first, n, m in groups_of(scheme):
+        longer = []
+        for mask in candidate_masks(n, m):
+            kept = (first + mask.nonzero().flatten()).tolist()
+            longer += [beginning + kept for beginning in cuts]
+        longer.sort(key=lambda cut: scores[cut].sum(), reverse=True)
+        cuts = longer[:count]  # only the best beginnings can lead to the best cuts
+    return cuts
+
+
+def recover_briefly(student, teacher, objective, batches, args, steps):
+    """A few steps of distillation on outputs alone: 0.9 L_KD + 0.1 L_Diff, as with distill.py --mode logits-kd."""
+    parameters = list(student.parameters())
+    optimizer = adamw(dict(params=parameters, lr=MODELS[student.name]["distill"]["lr"]))
+    wait_for_gradients = sum_gradients_over_ranks(parameters, args.accumulate)
+    for step in range(steps):
+        for part in range(args.accumulate):
+            x, y, rng = batches(step, part)
+            batch = objective.make_batch(x, y, rng)
+            with autocast(args.device, args.dtype):
+                out = objective.predict(student, batch)
+                with torch.no_grad():
+                    out_teacher = objective.predict(teacher, batch)
+                loss = 0.9 * objective.kd(out, out_teacher, batch) + 0.1 * objective.loss(out, batch)
+                loss = loss.sum() / args.batch_size
+            loss.backward()
+        wait_for_gradients()
+        clip_and_step(optimizer, parameters, collections.Counter())
+
+
 def random_layers(net, objective, batches, scheme, args):
     """N of each group at random: the baseline that every criterion has to beat."""
     return random_cut(scheme, np.random.default_rng(make_seed(args.seed, 3)))
@@ -472,6 +528,7 @@ CRITERIA = {
     "sensitivity": sensitivity,
     "oracle": oracle,
     "lowest-loss": lowest_loss,
+    "shortlist": shortlist,
     "random": random_layers,
     "indices": indices,
 }

@@ -1179,6 +1179,7 @@ def inputs_of_criteria(latents, out, *flags):
     "flux-lite",
     "sensitivity",
     "lowest-loss",
+    "shortlist",
 ])
 def test_planted_dead_layers_are_found(name, flags, latents, tmp_path):
     import ideas  # noqa: F401, which has the gates
@@ -1230,6 +1231,32 @@ def test_layers_are_scored_as_the_papers_say(name, latents, tmp_path):
 def test_the_best_of_each_group_are_kept_and_nan_is_best(tmp_path):
     args = argparse.Namespace(out=tmp_path)
     assert prune.keep_best([np.nan, 9.0, 1.0, 2.0, 4.0, 3.0], [(1, 2), (3, 4)], args) == [0, 3, 4, 5]
+
+
+def test_a_shortlist_holds_the_cuts_with_the_largest_products():
+    rises = [3.0, 5.0, np.nan, 2.0, -1.0, 7.0, 4.0, 1.0]
+    scheme = [(2, 4), (1, 4)]
+    products = {}
+    for first in itertools.combinations(range(4), 2):
+        for last in range(4, 8):
+            cut = (*first, last)
+            products[cut] = np.prod([1e9 if i == 2 else max(rises[i], 1e-12) for i in cut])
+    best = sorted(products, key=products.get, reverse=True)[:5]
+    assert prune.most_sensitive_cuts(rises, scheme, 5) == [list(cut) for cut in best]
+
+
+def test_a_shortlist_keeps_the_least_loss_after_a_short_recovery(latents, teachers, tmp_path):
+    """...which is that of distill.py's logits-kd, with as many steps and a constant learning rate."""
+    flags = f"--latents {latents} --device cpu --batch-size 16 --accumulate 2 --resume never".split()
+    run(prune, *flags, "--ckpt", teachers / "dit-tiny.pt", "--criterion", "shortlist", "--out", tmp_path)
+    tried, result = log_of(tmp_path)
+    assert len(tried["cuts"]) == 4 and result["cut"] == tried["cuts"][np.argmin(tried["losses"])]
+    run(prune, *flags, "--ckpt", teachers / "dit-tiny.pt", "--criterion", "indices", "--layers",
+        ",".join(map(str, tried["cuts"][0])), "--out", tmp_path / "cut")
+    recipe = "--mode logits-kd --steps 20 --lr 1e-3 --lr-end 1".split()
+    run(distill, *flags, *recipe, "--student", tmp_path / "cut/shallow.pt", "--out", tmp_path / "student")
+    student, _ = model.load_model(ckpt=tmp_path / "student/student.pt", weights="model")
+    near(loss_of(student, fixed_batch(student, latents), range(2)), tried["losses"][0], 1e-4)
 
 
 @pytest.mark.parametrize("candidates, cuts", [

@@ -86,35 +86,29 @@ choice model=dit-tiny,sit-tiny,mar-tiny scheme=free seed=0 criterion=shortlist
 choice model=dit-tiny,sit-tiny,mar-tiny scheme=free seed=0,1,2,3,4,5 criterion=random
 recovery model=dit-tiny,sit-tiny,mar-tiny kept=front steps=100 seed=0                # tables 1 and 2
 teacher model=sit-tiny teacher_seed=1
-choice model=sit-tiny teacher_seed=1 scheme=1:2,free seed=0 criterion=learned,sensitivity,bi,lowest-loss
+choice model=sit-tiny teacher_seed=1 scheme=1:2 seed=0 criterion=learned
+choice model=sit-tiny teacher_seed=1 scheme=free seed=0 criterion=learned,sensitivity,bi,lowest-loss
 choice model=sit-tiny teacher_seed=1 scheme=free seed=0 criterion=shortlist
 choice model=sit-tiny teacher_seed=1 scheme=free seed=0,1,2 criterion=random
 recovery model=sit-tiny teacher_seed=1 kept=front steps=100 seed=0
 teacher model=dit-tiny teacher_seed=1 trained=6000
-choice model=dit-tiny teacher_seed=1 trained=6000 scheme=1:2,free seed=0 criterion=learned,sensitivity,bi,lowest-loss
+choice model=dit-tiny teacher_seed=1 trained=6000 scheme=1:2 seed=0 criterion=learned
+choice model=dit-tiny teacher_seed=1 trained=6000 scheme=free seed=0 criterion=learned,sensitivity,bi,lowest-loss
 choice model=dit-tiny teacher_seed=1 trained=6000 scheme=free seed=0 criterion=shortlist
 choice model=dit-tiny teacher_seed=1 trained=6000 scheme=free seed=0,1,2 criterion=random
 recovery model=dit-tiny teacher_seed=1 trained=6000 kept=front steps=100 seed=0
 teacher model=mar-tiny teacher_seed=1 trained=8000
-choice model=mar-tiny teacher_seed=1 trained=8000 scheme=1:2,free seed=0 criterion=learned,sensitivity,bi,lowest-loss
+choice model=mar-tiny teacher_seed=1 trained=8000 scheme=1:2 seed=0 criterion=learned
+choice model=mar-tiny teacher_seed=1 trained=8000 scheme=free seed=0 criterion=learned,sensitivity,bi,lowest-loss
 choice model=mar-tiny teacher_seed=1 trained=8000 scheme=free seed=0 criterion=shortlist
 choice model=mar-tiny teacher_seed=1 trained=8000 scheme=free seed=0,1,2 criterion=random
 recovery model=mar-tiny teacher_seed=1 trained=8000 kept=front steps=100 seed=0
 teacher model=sit-tiny teacher_seed=2
-choice model=sit-tiny teacher_seed=2 scheme=1:2,free seed=0 criterion=learned,sensitivity,bi,lowest-loss
+choice model=sit-tiny teacher_seed=2 scheme=1:2 seed=0 criterion=learned
+choice model=sit-tiny teacher_seed=2 scheme=free seed=0 criterion=learned,sensitivity,bi,lowest-loss
 choice model=sit-tiny teacher_seed=2 scheme=free seed=0 criterion=shortlist
 choice model=sit-tiny teacher_seed=2 scheme=free seed=0,1,2 criterion=random
 recovery model=sit-tiny teacher_seed=2 kept=front steps=100 seed=0
-teacher model=dit-tiny teacher_seed=2 trained=6000
-choice model=dit-tiny teacher_seed=2 trained=6000 scheme=1:2,free seed=0 criterion=learned,sensitivity,bi,lowest-loss
-choice model=dit-tiny teacher_seed=2 trained=6000 scheme=free seed=0 criterion=shortlist
-choice model=dit-tiny teacher_seed=2 trained=6000 scheme=free seed=0,1,2 criterion=random
-recovery model=dit-tiny teacher_seed=2 trained=6000 kept=front steps=100 seed=0
-teacher model=mar-tiny teacher_seed=2 trained=8000
-choice model=mar-tiny teacher_seed=2 trained=8000 scheme=1:2,free seed=0 criterion=learned,sensitivity,bi,lowest-loss
-choice model=mar-tiny teacher_seed=2 trained=8000 scheme=free seed=0 criterion=shortlist
-choice model=mar-tiny teacher_seed=2 trained=8000 scheme=free seed=0,1,2 criterion=random
-recovery model=mar-tiny teacher_seed=2 trained=8000 kept=front steps=100 seed=0
 choice model=dit-tiny,sit-tiny,mar-tiny scheme=free seed=0 criterion=learned search_steps=2500
 choice model=dit-tiny,sit-tiny,mar-tiny scheme=free seed=0 criterion=gates
 recovery model=dit-tiny,sit-tiny,mar-tiny kept=front steps=100 seed=1
@@ -200,7 +194,9 @@ def chosen(rows, wanted):
     found = set()
     for row in rows:
         if row["kind"] == "choice" and row["model"] == wanted["model"] and source_of(row) == source_of(wanted):
-            if len(row["kept"].split()) == depth and row["criterion"] in (*FRONT, "gates"):
+            unconstrained = row["scheme"] == FREE[row["model"]] or "granularity" in row
+            in_table = row["criterion"] == "learned" or row["criterion"] in (*FRONT, "gates") and unconstrained
+            if in_table and len(row["kept"].split()) == depth:
                 found.add(row["kept"])
                 if "tried" in row:
                     found.add(of_shortlist(row, 12))

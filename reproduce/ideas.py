@@ -4,16 +4,11 @@
     python reproduce/ideas.py distill --mode cosine --out out/cosine                  # the flags are distill.py's
 
 greedy       removes one layer after another, each time the one whose removal leaves the least loss
-shortlist    the 24 cuts that keep the most sensitive layers, each recovered for 20 steps; the least loss wins
 gates        learns a Bernoulli gate for each layer instead of the N:M groups, with a penalty on the expected depth
 cosine       a loss on hidden states: only the direction of each token's state has to be the teacher's
 
 An idea that needs no code: --criterion learned --scheme 6:12, the paper's search without local groups.
 """
-import collections
-import copy
-import itertools
-import math
 import sys
 from pathlib import Path
 
@@ -25,26 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import distill
 import prune
 from model import run_main
-from prune import adamw, calibration_batches, calibration_loss, groups_of, losses_of_cuts
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Another loss for the paper's search.
-
-
-class Distilled:
-    """An objective whose loss is the distillation loss: 0.9 of being like the uncut network, 0.1 of being right."""
-
-    def __init__(self, objective, teacher):
-        self.make_batch = objective.make_batch
-        self.predict = objective.predict
-        self.plain = objective
-        self.teacher = teacher
-
-    def loss(self, out, batch):
-        with torch.no_grad():
-            target = self.predict(self.teacher, batch)
-        return 0.9 * self.plain.kd(out, target, batch) + 0.1 * self.plain.loss(out, batch)
-
+from prune import calibration_batches, groups_of, losses_of_cuts
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Another mask distribution, and another loss on hidden states.
@@ -115,53 +91,7 @@ def greedy(net, objective, batches, scheme, args):
     return kept
 
 
-def train(net, objective, batches, steps, optimizer, args):
-    """A few steps on the objective's loss."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    wait_for_gradients = prune.sum_gradients_over_ranks(parameters, args.accumulate)
-    for step in steps:
-        for part in range(args.accumulate):
-            x, y, rng = batches(step, part)
-            batch = objective.make_batch(x, y, rng)
-            loss = objective.loss(objective.predict(net, batch), batch).sum() / args.batch_size
-            loss.backward()
-        wait_for_gradients()
-        prune.clip_and_step(optimizer, parameters, collections.Counter())
-
-
-def shortlist(net, objective, batches, scheme, args, count=24, steps=20):
-    """Recovers the likeliest cuts for a moment, and keeps the one that has the least loss then.
-
-    Right after a cut the loss says little of how well it will recover; after 20 steps it says a lot."""
-    fixed = calibration_batches(objective, batches)
-    rises = prune.leave_one_out(net, objective, fixed, args.dtype)
-    scores = [math.log(max(rise, 1e-12)) for rise in rises]
-    cuts = best_cuts(scores, scheme, count)
-    objective = Distilled(objective, net)
-    losses = []
-    for kept in cuts:
-        student = copy.deepcopy(net).train().requires_grad_(True)
-        student.keep_layers(kept)
-        train(student, objective, batches, range(steps), adamw(dict(params=list(student.parameters()), lr=1e-3)), args)
-        losses.append(calibration_loss(student.eval(), objective.plain, fixed, args.dtype))
-    prune.append_log(args, step=0, cuts=cuts, losses=losses)
-    return cuts[losses.index(min(losses))]
-
-
-def best_cuts(scores, scheme, count):
-    """The cuts whose layers have the largest sum of scores. Group by group: of the beginnings only the best so many
-    can lead to one of the best cuts."""
-    cuts = [()]
-    for first, n, m in groups_of(scheme):
-        longer = []
-        for beginning in cuts:
-            longer += [beginning + kept for kept in itertools.combinations(range(first, first + m), n)]
-        longer.sort(key=lambda cut: sum(scores[i] for i in cut), reverse=True)
-        cuts = longer[:count]
-    return cuts
-
-
-prune.CRITERIA |= dict(greedy=greedy, shortlist=shortlist, gates=gates)
+prune.CRITERIA |= dict(greedy=greedy, gates=gates)
 distill.HIDDEN_LOSSES["cosine"] = cosine
 
 if __name__ == "__main__":
