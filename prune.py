@@ -467,7 +467,7 @@ def shortlist(net, objective, batches, scheme, args, count=24, steps=20):
     progress = Progress("short recoveries", len(cuts), "cuts")
     losses = []
     for kept in cuts:
-        student = copy.deepcopy(net)
+        student = copy.deepcopy(net)  # with all layers, for a moment
         student.keep_layers(kept)
         recover_briefly(student, net, objective, batches, args, steps)
         losses.append(calibration_loss(student, objective, fixed, args.dtype))
@@ -502,7 +502,7 @@ def recover_briefly(student, teacher, objective, batches, args, steps):
             batch = objective.make_batch(x, y, rng)
             with autocast(args.device, args.dtype):
                 out = objective.predict(student, batch)
-                with torch.no_grad():
+                with torch.no_grad():  # the teacher is the uncut network
                     out_teacher = objective.predict(teacher, batch)
                 loss = 0.9 * objective.kd(out, out_teacher, batch) + 0.1 * objective.loss(out, batch)
                 loss = loss.sum() / args.batch_size
