@@ -3,13 +3,12 @@
     python reproduce/experiments.py --list            # what docs/results lacks, and how long it would take
     python reproduce/experiments.py                   # computes it; --share 0/2 and --share 1/2: two processes
     python reproduce/experiments.py --only sit-tiny   # cells whose name contains a text
-    python reproduce/experiments.py --only speed      # the timings, while nothing else runs; the others leave them out
     python reproduce/experiments.py --again 2         # computes two finished cells of each kind anew and compares
     python reproduce/experiments.py --score dit-tiny 0,1,2,3,4,7      # how good is a cut? looked up, or computed
 
 A cell is a way through the stages. `losses`: the loss right after every cut of a scheme. `choice`: what one criterion
 keeps. `recovery`: a cut, recovered for some steps, and the Fréchet distance of 500 samples. `teacher`: the distance of
-the uncut network. `speed`: a cut's forward pass. Each is written to out/experiments when it is done, and all to
+the uncut network. Each is written to out/experiments when it is done, and all to
 docs/results at the end. A kill loses one cell.
 """
 import argparse
@@ -19,13 +18,10 @@ import os
 import shutil
 from pathlib import Path
 
-import torch
 
 import engine
 import ideas  # noqa: F401  it adds its criteria to those of prune.py
-from benchmark import in_turn
 from engine import ROOT, Step, slug
-from model import RowGenerator, load_model
 from report import FREE, FRONT, PAPER_BETA, RESULTS, of_shortlist, stored
 from table import facts_of
 
@@ -37,7 +33,6 @@ FIELDS = {  # what identifies a cell of each kind, and the row that it becomes
     "choice": "model trained teacher_seed granularity criterion scheme delta_w search_steps seed",
     "recovery": "model trained teacher_seed granularity kept mode steps beta seed",
     "teacher": "model trained teacher_seed",
-    "speed": "model granularity kept",
 }
 ABOUT = {
     "losses": "diffusion loss right after the cut, of every cut of the scheme, on 256 fixed draws (draws: on so many "
@@ -47,11 +42,9 @@ ABOUT = {
     "recovery": "seed: of the recovery, batch 64, lr 1e-3, EMA 0.999; beta: of L_Rep, else by the rule of distill.py; "
                 "fd: Fréchet distance of 500 samples, seed 0, "
                 "on the digit classifier's features (DiT: ddim, 20 steps, guidance 1.5; SiT: ode-euler, 20 grid "
-                "points; MAR: 8 rounds, guidance 3); right: share read as the digit asked for; at: fd of earlier "
-                "steps of the same run; seconds: of the recovery, on a shared machine",
+                "points; MAR: 8 rounds, guidance 3); right: share read as the digit asked for; "
+                "seconds: of the recovery, on a shared machine",
     "teacher": "the uncut network: fd and right as in recovery.json",
-    "speed": "milliseconds of a forward pass of 32 rows, and of the uncut network's in turn with it: medians of 15; "
-             "on all cores",
 }
 SAMPLING = {
     "dit-tiny": "--sampler ddim --steps 20",
@@ -72,7 +65,7 @@ ASSUMED = dict(prune=60, distill=0.3, sample=0.03, fid=6)  # seconds a unit, on 
 PLAN = """
 recovery model=dit-tiny kept=learned steps=100 seed=0,1 mode=masked-kd,rep-kd                      # b by the rule
 recovery model=dit-tiny kept=learned steps=100 seed=0,1 mode=masked-kd,rep-kd beta=1,10
-recovery model=dit-tiny kept=learned steps=800 seed=0 at=200 mode=masked-kd,rep-kd
+recovery model=dit-tiny kept=learned steps=800 seed=0 mode=masked-kd,rep-kd
 recovery model=dit-tiny kept=learned steps=800 seed=0 beta=1,10
 recovery model=sit-tiny kept=learned-sit steps=100 seed=0,1 mode=masked-kd,rep-kd,logits-kd
 recovery model=sit-tiny kept=learned-sit steps=100 seed=0,1 beta=1,10
@@ -117,7 +110,7 @@ recovery model=dit-tiny kept=lowest,learned,worst steps=800 seed=0              
 choice model=dit-tiny scheme=1:2,2:4,6:12 seed=0,1,2 criterion=learned               # table 4
 choice model=dit-tiny scheme=1:2,2:4,6:12 seed=0,1,2 criterion=learned delta_w=full,frozen
 
-choice model=dit-tiny,sit-tiny,mar-tiny scheme=1:2,free seed=0 criterion=flux-lite,oracle,greedy
+choice model=dit-tiny,sit-tiny,mar-tiny scheme=1:2,free seed=0 criterion=flux-lite,oracle
 choice model=dit-tiny,sit-tiny,mar-tiny scheme=1:2 seed=0,1,2 criterion=random,learned
 choice model=dit-tiny scheme=1:2 seed=3,4 criterion=learned
 choice model=dit-tiny,sit-tiny,mar-tiny scheme=2:4,6:12 seed=0 criterion=learned,sensitivity granularity=sublayer
@@ -128,13 +121,9 @@ recovery model=dit-tiny kept=panel,panel-ends steps=100 seed=1 beta=paper
 recovery model=dit-tiny kept=spread,spread-more steps=100 seed=0 beta=paper
 recovery model=dit-tiny kept=lowest,median steps=25,400,800 seed=0 beta=paper
 recovery model=dit-tiny kept=learned steps=100 seed=0,1,2 mode=finetune,logits-kd,rep-kd,masked-kd beta=paper
-recovery model=dit-tiny kept=learned steps=800 seed=0 at=200 mode=finetune,logits-kd,rep-kd,masked-kd beta=paper
+recovery model=dit-tiny kept=learned steps=800 seed=0 mode=finetune,logits-kd,rep-kd,masked-kd beta=paper
 recovery model=dit-tiny,sit-tiny,mar-tiny kept=front steps=100 seed=0 granularity=sublayer beta=paper
 recovery model=dit-tiny kept=lowest,learned,worst steps=1600 seed=0 beta=paper
-
-speed model=dit-tiny kept=depths                                                     # figure 4
-speed model=dit-tiny,sit-tiny,mar-tiny kept=front
-speed model=dit-tiny,sit-tiny,mar-tiny kept=front granularity=sublayer
 """
 # Cuts of dit-tiny. learned: by the search at 1:2. lowest, median: in the loss, of all 924 cuts to 6. worst: of 1:2,
 # after 100 steps. panel: of 1:2, spread over the ranks of their distances after 100 steps. spread: of all, spread over
@@ -150,7 +139,6 @@ spread: 0 1 2 3 4 7, 0 1 4 7 9 11, 0 1 3 6 7 10, 0 1 5 6 7 9, 1 2 3 5 7 11, 1 3 
 spread-more: 0 2 4 7 9 10, 0 2 5 6 7 9, 0 4 5 9 10 11, 2 3 8 9 10 11, 3 5 6 7 9 11, 2 4 6 8 9 10, 4 5 6 7 8 10
 learned-sit: 0 2 4 7 9 10
 learned-mar: 0 2 5 6 8 10
-depths: 0 1 2 3 4 5 6 7 8 9 10 11, 0 1 2 3 4 5 6 7 8, 0 1 2 3 4 5, 0 1 2 3, 0 1 2, 0 1, 0
 """
 CUTS = dict(grid=[" ".join(kept) for kept in itertools.product("01", "23", "45", "67", "89", ["10", "11"])])  # 1:2
 for line in NAMED_CUTS.strip().splitlines():
@@ -265,10 +253,6 @@ def steps_of(row, work):
         recovery = f"--mode {row['mode']} --steps {row['steps']} --seed {row['seed']}"
         recovery += options(row, beta="--beta")
         samplings = [SAMPLING[model]]
-        for step in measured_steps(row):
-            samplings.append(f"{SAMPLING[model]} --ckpt STUDENT/step-{step:08}.pt")
-    if "at" in row:
-        recovery += f" --save-every {row['at']} --keep 9"
     return steps + engine.way(model, work, source, cut, recovery, samplings, MORE)
 
 
@@ -288,12 +272,6 @@ def scheme_of(row):
     return f"{len(row['kept'].split()) // lists}:{layers // lists}"
 
 
-def measured_steps(row):
-    """The checkpoints that are measured too."""
-    every = row.get("at", row["steps"])
-    return range(every, row["steps"], every)
-
-
 def compute(row):
     """The finished row of a cell."""
     work = OUT / slug(f"work {name(row)}")
@@ -309,15 +287,8 @@ def result_of(row, steps, notes):
     if row["kind"] == "teacher":
         return distance(folders(steps, "fid")[-1])
     cut = folders(steps, "prune")[-1]
-    if row["kind"] == "speed":
-        return speed(row["model"], cut / "shallow.pt")
     if row["kind"] == "recovery":
-        along = measured_steps(row)
-        samples = folders(steps, "fid")[-1 - len(along):]
-        found = distance(samples[0]) | dict(seconds=notes["distill"]["seconds"])
-        if along:
-            found["at"] = {step: distance(folder)["fd"] for step, folder in zip(along, samples[1:])}
-        return found
+        return distance(folders(steps, "fid")[-1]) | dict(seconds=notes["distill"]["seconds"])
     log = [json.loads(line) for line in (cut / "log.jsonl").read_text().splitlines()]
     if row["kind"] == "losses":
         tried = next(line for line in log if "losses" in line)
@@ -339,18 +310,6 @@ def distance(samples):
     """Not a number where the recovery diverged."""
     facts = dict(fid=float("nan"), accuracy=float("nan")) | facts_of(samples)
     return dict(fd=round(facts["fid"], 4), right=round(facts["accuracy"], 4))
-
-
-def speed(model, ckpt):
-    """Milliseconds of a forward pass of 32 rows, of the whole network and of the cut one, in turn."""
-    whole, _ = load_model(model)
-    cut, _ = load_model(None, ckpt)
-    objective = whole.objective()
-    x = torch.randn(32, whole.channels, whole.input_size, whole.input_size)
-    batch = objective.make_batch(x, torch.arange(32) % whole.classes, RowGenerator((0, 0), 0, 32, 32))
-    ways = dict(ms=lambda: objective.predict(cut, batch), whole_ms=lambda: objective.predict(whole, batch))
-    with torch.inference_mode():
-        return {name: round(1000 * seconds, 3) for name, seconds in in_turn(ways, 15).items()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -412,10 +371,9 @@ def score(model, layers):
 
 
 def missing(rows, only):
-    """The cells of the plan that have no row. Timings are left out unless asked for."""
+    """The cells of the plan that have no row."""
     have = {name(row) for row in rows}
-    cells = [cell for cell in plan(rows) if name(cell) not in have and only in name(cell)]
-    return [cell for cell in cells if cell["kind"] != "speed" or only == "speed"]
+    return [cell for cell in plan(rows) if name(cell) not in have and only in name(cell)]
 
 
 def main():

@@ -1,9 +1,8 @@
-"""Ideas of one's own, in one file: criteria, a mask distribution, a loss on hidden states. Does any of them do better?
+"""Ideas of one's own, in one file: another mask distribution, and another loss on hidden states.
 
-    python reproduce/ideas.py --criterion greedy --scheme 6:12 --out out/greedy       # the flags are prune.py's
+    python reproduce/ideas.py --criterion gates --scheme 6:12 --out out/gates         # the flags are prune.py's
     python reproduce/ideas.py distill --mode cosine --out out/cosine                  # the flags are distill.py's
 
-greedy       removes one layer after another, each time the one whose removal leaves the least loss
 gates        learns a Bernoulli gate for each layer instead of the N:M groups, with a penalty on the expected depth
 cosine       a loss on hidden states: only the direction of each token's state has to be the teacher's
 
@@ -20,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import distill
 import prune
 from model import run_main
-from prune import calibration_batches, groups_of, losses_of_cuts
+from prune import groups_of
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Another mask distribution, and another loss on hidden states.
@@ -71,27 +70,7 @@ def cosine(student, teacher, args):
     return 1 - F.cosine_similarity(student.float(), teacher.float(), dim=2).mean(1)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Criteria that look at the loss of whole cuts.
-
-
-def greedy(net, objective, batches, scheme, args):
-    """57 losses for 12 -> 6, where all cuts are 924; no group falls below its N."""
-    fixed = calibration_batches(objective, batches)
-    kept = list(range(sum(m for _, m in scheme)))
-    while len(kept) > sum(n for n, _ in scheme):
-        cuts = []
-        for first, n, m in groups_of(scheme):
-            group = [i for i in kept if first <= i < first + m]
-            if len(group) > n:
-                for i in group:
-                    cuts.append([k for k in kept if k != i])
-        losses = losses_of_cuts(net, objective, fixed, cuts, args.dtype)
-        kept = cuts[losses.index(min(losses))]
-    return kept
-
-
-prune.CRITERIA |= dict(greedy=greedy, gates=gates)
+prune.CRITERIA["gates"] = gates
 distill.HIDDEN_LOSSES["cosine"] = cosine
 
 if __name__ == "__main__":

@@ -196,14 +196,9 @@ def weights():
 
 def modes():
     """Table 5 and figure 14 on the digits: the learned cut of 1:2, recovered in every way."""
-    lines = [["mode", "FD, a run of 100 steps", "a run of 800: at 200", "at 400", "at its end"]]
+    lines = [["mode", "FD, a run of 100 steps", "a run of 800 steps"]]
     for mode in ("finetune", "logits-kd", "rep-kd", "masked-kd"):
-        line = [mode, spread(recovered(LEARNED, mode=mode))]
-        for row in rows("recovery", kept=LEARNED, steps=800, mode=mode):
-            if "at" in row:
-                line += [f"{row['at'][step]:.2f}" for step in ("200", "400")]
-                line.append(f"{row['fd']:.2f}")
-        lines.append(line)
+        lines.append([mode, spread(recovered(LEARNED, mode=mode)), spread(recovered(LEARNED, 800, mode))])
     return lines
 
 
@@ -301,7 +296,7 @@ def searches():
 
 def halves():
     """Blocks against halves of blocks (attention or MLP), half of the network each; the paper's b."""
-    lines = [["network", "layers", "attentions (of 6 blocks or 12 halves)", "times as fast", "FD, 100 steps"]]
+    lines = [["network", "layers", "attentions (of 6 blocks or 12 halves)", "FD, 100 steps"]]
     for model in FREE:
         for what, found, more in (
                 ("blocks", rows("choice", model, criterion="learned", scheme="1:2", seed=0), {}),
@@ -310,10 +305,8 @@ def halves():
                 kept = row["kept"]
                 attentions = [layer for layer in kept.split() if int(layer) % 2 == 0] if more else kept.split()
                 fd = recovered(kept, model=model, beta=PAPER_BETA[model], seed=0, **more)
-                speed = rows("speed", model, kept=kept, **more)
-                faster = f"{speed[0]['whole_ms'] / speed[0]['ms']:.2f}" if speed else "-"
-                lines.append([model, f"{what}, {row['criterion']} {row['scheme']}", str(len(attentions)), faster,
-                              spread(fd)])
+                name = f"{what}, {row['criterion']} {row['scheme']}"
+                lines.append([model, name, str(len(attentions)), spread(fd)])
     return lines
 
 
