@@ -76,7 +76,7 @@ teacher model=dit-tiny,sit-tiny,mar-tiny
 losses model=dit-tiny,sit-tiny,mar-tiny scheme=free
 choice model=dit-tiny,sit-tiny,mar-tiny scheme=1:2,free seed=0 criterion=learned,sensitivity,bi,lowest-loss
 choice model=dit-tiny,sit-tiny,mar-tiny scheme=free seed=0 criterion=shortlist
-choice model=dit-tiny,sit-tiny,mar-tiny scheme=free seed=0,1,2,3,4,5 criterion=random
+choice model=dit-tiny,sit-tiny,mar-tiny scheme=free seed=0,1,2 criterion=random
 recovery model=dit-tiny,sit-tiny,mar-tiny kept=front steps=100 seed=0                # tables 1 and 2
 teacher model=sit-tiny teacher_seed=1
 choice model=sit-tiny teacher_seed=1 scheme=1:2 seed=0 criterion=learned
@@ -90,12 +90,6 @@ choice model=dit-tiny teacher_seed=1 trained=6000 scheme=free seed=0 criterion=l
 choice model=dit-tiny teacher_seed=1 trained=6000 scheme=free seed=0 criterion=shortlist
 choice model=dit-tiny teacher_seed=1 trained=6000 scheme=free seed=0,1,2 criterion=random
 recovery model=dit-tiny teacher_seed=1 trained=6000 kept=front steps=100 seed=0
-teacher model=mar-tiny teacher_seed=1 trained=8000
-choice model=mar-tiny teacher_seed=1 trained=8000 scheme=1:2 seed=0 criterion=learned
-choice model=mar-tiny teacher_seed=1 trained=8000 scheme=free seed=0 criterion=learned,sensitivity,bi,lowest-loss
-choice model=mar-tiny teacher_seed=1 trained=8000 scheme=free seed=0 criterion=shortlist
-choice model=mar-tiny teacher_seed=1 trained=8000 scheme=free seed=0,1,2 criterion=random
-recovery model=mar-tiny teacher_seed=1 trained=8000 kept=front steps=100 seed=0
 teacher model=sit-tiny teacher_seed=2
 choice model=sit-tiny teacher_seed=2 scheme=1:2 seed=0 criterion=learned
 choice model=sit-tiny teacher_seed=2 scheme=free seed=0 criterion=learned,sensitivity,bi,lowest-loss
