@@ -7,7 +7,7 @@
 A row is a cut, its recovery, its samples, and their FID. Its folder below --out is named after its flags, so tables
 share what they have in common; what is finished is kept, and the same command goes on after a kill. (Flags given with
 --extract, --prune, --distill, --sample are not in the names: with others, choose another --out.) The table is written
-to --out, too. There are tables 1, 2, 3 (with figure 5), 4, 5, 7, 8 and figures 4 and 14; figure 8 is magnitudes.py.
+to --out, too. There are tables 1, 2, 3 (with figure 5), 4, 5, 7, 8 and figures 4 and 14.
 The other criteria may keep any of the layers, as in the paper.
 """
 import argparse

@@ -16,7 +16,7 @@ import json
 import re
 import sys
 from pathlib import Path
-from statistics import geometric_mean, mean, median, stdev
+from statistics import geometric_mean, mean, stdev
 
 from scipy.stats import spearmanr
 
@@ -83,10 +83,6 @@ def distances(cuts, steps=100, seed=0):
 
 def lowest(scores):
     return min(scores, key=scores.get)
-
-
-def rank_of(kept, scores):
-    return 1 + sum(score < scores[kept] for score in scores.values())
 
 
 def spread(values):
@@ -236,23 +232,6 @@ def longer():
     return lines
 
 
-def space():
-    """The 64 cuts of dit-tiny at 1:2, by length of the recovery; b = 0.01."""
-    loss = one_of_each(losses())
-    after_100 = distances(loss)
-    lines = [["recovery steps", "cuts", "best FD", "median", "worst", "rank correlation with the loss",
-              "with FD after 100 steps"]]
-    for what, steps, seed in (("25", 25, 0), ("100", 100, 0), ("400", 400, 0), ("100, another seed", 100, 1)):
-        found = distances(loss, steps, seed)
-        values = sorted(found.values())
-        with_loss = spearmanr(values_of(found, found), values_of(loss, found))
-        with_100 = spearmanr(values_of(found, found), values_of(after_100, found))
-        lines.append([
-            what, str(len(found)), f"{values[0]:.2f}", f"{median(values):.2f}", f"{values[-1]:.2f}",
-            f"{with_loss.statistic:.2f} (p = {with_loss.pvalue:.1g})", f"{with_100.statistic:.2f}"])
-    return lines
-
-
 def values_of(scores, cuts):
     return [scores[kept] for kept in cuts]
 
@@ -282,35 +261,21 @@ def product(scores, kept):
     return total
 
 
-def searches():
-    """What the search keeps of the 64 cuts of 1:2, with five seeds; b = 0.01. A random cut's rank would be 32.5."""
-    loss = one_of_each(losses())
-    found = distances(loss)
-    lines = [["search seed", "keeps", "rank of its loss of 64", "FD, 100 steps", "its rank of 64"]]
-    for row in rows("choice", criterion="learned", scheme="1:2"):
-        kept = row["kept"]
-        lines.append([str(row["seed"]), kept, str(rank_of(kept, loss)), f"{found[kept]:.2f}",
-                      str(rank_of(kept, found))])
-    return lines
-
-
 def halves():
     """Blocks against halves of blocks (attention or MLP), half of the network each; the paper's b."""
-    lines = [["network", "layers", "attentions (of 6 blocks or 12 halves)", "FD, 100 steps"]]
+    lines = [["network", "layers", "FD, 100 steps"]]
     for model in FREE:
         for what, found, more in (
                 ("blocks", rows("choice", model, criterion="learned", scheme="1:2", seed=0), {}),
                 ("halves", rows("choice", model, granularity="sublayer"), dict(granularity="sublayer"))):
             for row in found:
                 kept = row["kept"]
-                attentions = [layer for layer in kept.split() if int(layer) % 2 == 0] if more else kept.split()
                 fd = recovered(kept, model=model, beta=PAPER_BETA[model], seed=0, **more)
-                name = f"{what}, {row['criterion']} {row['scheme']}"
-                lines.append([model, name, str(len(attentions)), spread(fd)])
+                lines.append([model, f"{what}, {row['criterion']} {row['scheme']}", spread(fd)])
     return lines
 
 
-ALL = (front, shortlists, weights, modes, searched, longer, space, predictions, searches, halves)
+ALL = (front, shortlists, weights, modes, searched, longer, predictions, halves)
 TABLES = {function.__name__: function for function in ALL}
 
 
