@@ -64,13 +64,11 @@ ASSUMED = dict(prune=60, distill=0.3, sample=0.03, fid=6)  # seconds a unit, on 
 
 PLAN = """
 recovery model=dit-tiny kept=learned steps=100 seed=0,1 mode=masked-kd,rep-kd                      # b by the rule
-recovery model=dit-tiny kept=learned steps=100 seed=0,1 mode=masked-kd,rep-kd beta=1,10
+recovery model=dit-tiny kept=learned steps=100 seed=0,1 mode=masked-kd,rep-kd beta=10
 recovery model=dit-tiny kept=learned steps=800 seed=0 mode=masked-kd,rep-kd
-recovery model=dit-tiny kept=learned steps=800 seed=0 beta=1,10
 recovery model=sit-tiny kept=learned-sit steps=100 seed=0,1 mode=masked-kd,rep-kd,logits-kd
-recovery model=sit-tiny kept=learned-sit steps=100 seed=0,1 beta=1,10
+recovery model=sit-tiny kept=learned-sit steps=100 seed=0,1 beta=10
 recovery model=mar-tiny kept=learned-mar steps=100 seed=0,1 mode=masked-kd,rep-kd,logits-kd
-recovery model=mar-tiny kept=learned-mar steps=100 seed=0,1 beta=0.1,1
 
 teacher model=dit-tiny,sit-tiny,mar-tiny
 losses model=dit-tiny,sit-tiny,mar-tiny scheme=free
@@ -99,13 +97,11 @@ recovery model=sit-tiny teacher_seed=2 kept=front steps=100 seed=0
 choice model=dit-tiny,sit-tiny,mar-tiny scheme=free seed=0 criterion=learned search_steps=2500
 choice model=dit-tiny,sit-tiny,mar-tiny scheme=free seed=0 criterion=gates
 recovery model=dit-tiny,sit-tiny,mar-tiny kept=front steps=100 seed=1
-recovery model=dit-tiny kept=lowest,learned,worst steps=800 seed=0                   # until the curves are flat
+recovery model=dit-tiny kept=lowest,learned steps=800 seed=0
 
 choice model=dit-tiny scheme=1:2,2:4,6:12 seed=0,1,2 criterion=learned               # table 4
 choice model=dit-tiny scheme=1:2,2:4,6:12 seed=0,1,2 criterion=learned delta_w=full,frozen
 
-choice model=dit-tiny,sit-tiny,mar-tiny scheme=1:2,free seed=0 criterion=flux-lite,oracle
-choice model=dit-tiny,sit-tiny,mar-tiny scheme=1:2 seed=0,1,2 criterion=random,learned
 choice model=dit-tiny scheme=1:2 seed=3,4 criterion=learned
 choice model=dit-tiny,sit-tiny,mar-tiny scheme=2:4,6:12 seed=0 criterion=learned,sensitivity granularity=sublayer
 
