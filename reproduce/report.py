@@ -176,7 +176,7 @@ def shortlists():
 
 
 def weights():
-    """The weight b of L_Rep: FD of the learned cut of 1:2 after 100 steps, the mean of two seeds."""
+    """The weight b of L_Rep: FD of the learned cut of 1:2 after 100 steps, the mean of up to two seeds."""
     lines = [["network", "loss", "no L_Rep", "the paper's b", "b by the rule", "b = 10"]]
     for model, kept in LEARNED_BY.items():
         for mode in ("masked-kd", "rep-kd"):
@@ -227,7 +227,7 @@ def longer():
         line = [name]
         for model, scheme in FREE.items():
             found = rows("choice", model, scheme=scheme, seed=0, **settings)
-            line.append(spread(recovered(found[0]["kept"], model=model)) if found else "-")
+            line.append(spread(recovered(found[0]["kept"], model=model, seed=0)) if found else "-")
         lines.append(line)
     return lines
 
