@@ -884,11 +884,11 @@ def sum_gradients_over_ranks(parameters, accumulate):
     accumulated batch; -> a function that waits for all sums. As the loss is divided by the global batch, a sum is the
     gradient of the global mean. All ranks must have gradients for the same parameters, which come in the same order."""
     pending = []
-    arrivals = collections.Counter()
+    arrivals = collections.Counter()  # by id: nothing here keeps a parameter alive
 
     def arrived(parameter):
-        arrivals[parameter] += 1  # its gradient is complete in the last part
-        if arrivals[parameter] % accumulate == 0:
+        arrivals[id(parameter)] += 1  # its gradient is complete in the last part
+        if arrivals[id(parameter)] % accumulate == 0:
             pending.append(dist.all_reduce(parameter.grad, async_op=True))
 
     if world_size() > 1:

@@ -953,10 +953,10 @@ def test_extract_again(tmp_path, digits, capsys):
     cases = dict(flips=["--flip"], batch_size=["--batch-size", 9], weights=["--ckpt", tmp_path / "vae.pt"])
     for word, flags in cases.items():
         error = extract_error(digits, out, *flags)
-        assert f"another {word}," in error and "--resume never" in error
+        assert f"holds latents with {word} " in error and "--resume never" in error
     images, labels, _ = read_npz(digits)
     np.savez(digits, arr_0=images, arr_1=labels[::-1])  # the same images with other labels
-    assert "another data," in extract_error(digits, out)
+    assert "holds latents with data " in extract_error(digits, out)
     extract(digits, out, "--resume", "never")
     assert Latents(out).labels.tolist() == labels[::-1].tolist()
 
@@ -2093,7 +2093,7 @@ def test_a_new_family_through_every_stage(latents, monkeypatch, tmp_path):
             return [*range(len(self.in_blocks)), *range(6, 12)]
 
     monkeypatch.setitem(model.MODELS["uvit-tiny"], "family", ByPosition)
-    assert "another network when it is cut" in user_error(uvit, "prune", "--ckpt", "teacher/student.pt", *training)
+    assert "another output when it is cut" in user_error(uvit, "prune", "--ckpt", "teacher/student.pt", *training)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
