@@ -194,6 +194,7 @@ class Inception(nn.Module):
         return (x - 128) / 128
 
     def forward(self, images):
+        """uint8 (B, H, W, C) -> features, spatial features and class probabilities, of self.dims columns each."""
         x = self.preprocess(images)  # (B, 3, 299, 299)
         x = self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x))  # (B, 32, 147, 147)
         x = halve(self.Conv2d_2b_3x3(x))  # (B, 64, 73, 73)
@@ -252,6 +253,8 @@ def halve(x):
 
 
 class InceptionA(nn.Module):  # 35x35
+    """(B, cin, 35, 35) -> (B, 224 + pool_channels, 35, 35); pytorch-fid's FIDInceptionA."""
+
     def __init__(self, cin, pool_channels):
         super().__init__()
         self.branch1x1 = conv_bn(cin, 64, 1)
@@ -269,6 +272,8 @@ class InceptionA(nn.Module):  # 35x35
 
 
 class InceptionB(nn.Module):  # 35x35 -> 17x17
+    """(B, cin, 35, 35) -> (B, 480 + cin, 17, 17); torchvision's InceptionB."""
+
     def __init__(self, cin):
         super().__init__()
         self.branch3x3 = conv_bn(cin, 384, 3, 2, "valid")
@@ -282,6 +287,8 @@ class InceptionB(nn.Module):  # 35x35 -> 17x17
 
 
 class InceptionC(nn.Module):  # 17x17; 1x7 and 7x1 make a 7x7
+    """(B, 768, 17, 17) -> the same shape, with mid channels between; pytorch-fid's FIDInceptionC."""
+
     def __init__(self, mid):
         super().__init__()
         self.branch1x1 = conv_bn(768, 192, 1)
@@ -303,6 +310,8 @@ class InceptionC(nn.Module):  # 17x17; 1x7 and 7x1 make a 7x7
 
 
 class InceptionD(nn.Module):  # 17x17 -> 8x8
+    """(B, cin, 17, 17) -> (B, 512 + cin, 8, 8); torchvision's InceptionD."""
+
     def __init__(self, cin):
         super().__init__()
         self.branch3x3_1 = conv_bn(cin, 192, 1)
@@ -319,6 +328,8 @@ class InceptionD(nn.Module):  # 17x17 -> 8x8
 
 
 class InceptionE(nn.Module):  # 8x8; 1x3 and 3x1 are side by side
+    """(B, cin, 8, 8) -> (B, 2048, 8, 8); pytorch-fid's FIDInceptionE_1 and _2, which pool differently."""
+
     def __init__(self, cin, pool):
         super().__init__()
         self.branch1x1 = conv_bn(cin, 320, 1)
@@ -497,6 +508,7 @@ class ImageFolder:
         self.size = Image.open(self.files[0]).size[::-1]  # (H, W)
 
     def read(self, start, stop):
+        """-> uint8 (stop - start, H, W, 3). UserError if the sizes differ."""
         images = []
         for file in self.files[start:stop]:
             image = np.asarray(Image.open(file).convert("RGB"))

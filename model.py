@@ -49,6 +49,7 @@ class Attention(nn.Module):
         self.proj_drop = nn.Dropout(dropout)
 
     def forward(self, x):
+        """(B, T, D) -> (B, T, D)."""
         B, T, D = x.shape
         qkv = self.qkv(x)  # (B, T, 3D)
         qkv = qkv.view(B, T, 3, self.heads, D // self.heads)
@@ -249,6 +250,7 @@ class DiT(nn.Module, Prunable):
                     channels=channels, patch=patch)
 
     def forward(self, x, t, y):
+        """(B, C, H, W), (B,), (B,) -> (B, 2C, H, W): predicted noise and variance, channel by channel."""
         x = self.x_embedder.proj(x)  # (B, D, H / patch, W / patch)
         x = x.flatten(2).transpose(1, 2)  # a token for each patch, row by row: (B, T, D)
         x = x + self.pos_embed

@@ -180,6 +180,7 @@ class MaskedLayer(DenseMaskedLayer):
     third of a step with --delta-w full, a quarter with LoRA."""
 
     def forward(self, x, *conditions):
+        """As DenseMaskedLayer, with the rows that `set_masks` put into self.on and self.off."""
         out = torch.empty_like(x)  # block(x), put together from two parts
         # The samples that skip the layer. There may be none, and a block need not take an empty batch.
         if len(self.off):
